@@ -1,0 +1,146 @@
+"""From novels to batches: read, check for overlap, encode once, cut into windows.
+
+The stream of a data set is its documents one after another, each preceded by the boundary token.
+Documents are taken as they are, hard-wrapped lines included: the dev novels are wrapped in the same
+proportion, and a reader of either kind of text should find its own kind continued.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import lzma
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from overlap import overlaps
+from tokenizers import Tokenizer
+
+BOUNDARY = "<|endoftext|>"
+GROUP_BLOCKS = 64
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and its title."""
+
+    title: str
+    text: str
+
+
+def read_documents(path: str | Path) -> list[Document]:
+    """Read a `.jsonl.xz` of `{"title", "text"}` lines, or one plain `.txt.xz`."""
+    with lzma.open(path, "rt", encoding="utf-8") as lines:
+        if str(path).endswith(".txt.xz"):
+            return [Document(Path(path).name, lines.read())]
+        return [Document(row["title"], row["text"]) for row in map(json.loads, lines)]
+
+
+def drop_overlapping(
+    documents: list[Document], unseen_paths: Sequence[str | Path], limit: float
+) -> list[Document]:
+    """Return the documents that share at most `limit` of their 13-word runs with unseen texts.
+
+    Prints every document that shares anything, and what it drops.
+    """
+    unseen = [document.text for path in unseen_paths for document in read_documents(path)]
+    if not unseen:
+        return documents
+    kept = []
+    for document, found in zip(
+        documents, overlaps([(d.title, d.text) for d in documents], unseen), strict=True
+    ):
+        verdict = "dropped" if found.share > limit else "kept"
+        if found.shared:
+            print(f"overlap {verdict} {found.shared}/{found.runs} {found.title}", flush=True)
+        if verdict == "kept":
+            kept.append(document)
+    print(f"overlap: {len(kept)} of {len(documents)} documents kept", flush=True)
+    return kept
+
+
+def encode(documents: list[Document], tokenizer: Tokenizer) -> np.ndarray:
+    """Encode documents into one stream of token ids (uint16), a boundary before each and at the end."""
+    boundary = tokenizer.token_to_id(BOUNDARY)
+    if tokenizer.get_vocab_size() > 2**16:
+        raise ValueError("the token cache is uint16: at most 65,536 tokens of vocabulary")
+    pieces: list[list[int]] = []
+    for document in documents:
+        ids = tokenizer.encode(document.text, add_special_tokens=False).ids
+        pieces += [[boundary], ids]
+    return np.concatenate([np.asarray(p, np.uint16) for p in [*pieces, [boundary]]])
+
+
+def load_stream(data: Path, unseen: Sequence[str], tokenizer: Tokenizer, cache: Path, limit: float):
+    """Return the encoded training stream, from `cache` when it is there.
+
+    Args:
+        data: the training documents (`.jsonl.xz`).
+        unseen: glob patterns of the texts that must not be in them.
+        tokenizer: encodes the text.
+        cache: `.npy` file to read, or to write.
+        limit: the share of common 13-word runs above which a document is dropped.
+    """
+    if not cache.exists():
+        paths = sorted(path for pattern in unseen for path in glob.glob(pattern))
+        documents = drop_overlapping(read_documents(data), paths, limit)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        np.save(cache, encode(documents, tokenizer))
+    return np.load(cache)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Training windows as a pure function of how many tokens were already taken.
+
+    The stream is cut into blocks of the longest window; a pass visits each block once, in random
+    order. 64 blocks make a group, whose blocks are cut to the current window and shuffled again, so
+    that short windows of one batch come from many places. Nothing but the count needs saving, and
+    the window may grow at any point.
+
+    Args:
+        stream: token ids, `[tokens]`.
+        longest: the longest window, in tokens; every window must divide it.
+        seed: fixes the order.
+    """
+
+    stream: np.ndarray
+    longest: int
+    seed: int
+
+    def take(self, taken: int, batch_tokens: int, window: int) -> torch.Tensor:
+        """Return the next batch, `[batch_tokens / window, window + 1]`, inputs and targets overlapping.
+
+        Args:
+            taken: tokens taken before, a multiple of `batch_tokens`.
+            batch_tokens: tokens of this batch.
+            window: tokens a row.
+        """
+        group_tokens = self.group_blocks * self.longest
+        group, inside = divmod(taken, group_tokens)
+        starts = self._starts(group, window)
+        first = inside // window
+        rows = [self.stream[s : s + window + 1] for s in starts[first : first + batch_tokens // window]]
+        return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+    @property
+    def group_blocks(self) -> int:
+        """Blocks in a group: 64, or all there are in a tiny stream."""
+        return min(GROUP_BLOCKS, self._blocks)
+
+    @property
+    def _blocks(self) -> int:
+        # One block is given up for the random shift of each pass.
+        return (len(self.stream) - 1) // self.longest - 1
+
+    def _starts(self, group: int, window: int) -> np.ndarray:
+        groups = self._blocks // self.group_blocks
+        epoch, nth = divmod(group, groups)
+        rng = np.random.default_rng([self.seed, epoch])
+        shift = rng.integers(self.longest)
+        blocks = rng.permutation(self._blocks)[nth * self.group_blocks :][: self.group_blocks]
+        starts = blocks[:, None] * self.longest + np.arange(0, self.longest, window) + shift
+        return np.random.default_rng([self.seed, group]).permutation(starts.ravel())

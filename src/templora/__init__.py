@@ -1,0 +1,31 @@
+"""templora: unlimited memory for one text, for any Hugging Face causal language model."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from templora.base import Base, load
+    from templora.errors import TemploraError
+    from templora.hook import generate
+    from templora.recipe import Recipe
+    from templora.session import Session
+
+# Imported on first use: `import templora` must stay instant, and torch is not.
+_HOME = {
+    "Base": "base",
+    "load": "base",
+    "Session": "session",
+    "Recipe": "recipe",
+    "TemploraError": "errors",
+    "generate": "hook",
+}
+
+__all__ = ["Base", "Recipe", "Session", "TemploraError", "generate", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'templora' has no attribute {name!r}")
+    return getattr(import_module(f"templora.{_HOME[name]}"), name)

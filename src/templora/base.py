@@ -1,0 +1,175 @@
+"""The base: a frozen causal LM and its tokenizer, and the few ways in which it is run.
+
+It knows nothing of adapters: whoever runs it under one swaps modules in for that pass and out again.
+Its parameters are never written to and never require a gradient while a session works.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+
+from templora import loading
+from templora.cross_entropy import linear_nll, logits_nll
+from templora.probe import Probe, probe
+
+
+class Base:
+    """A loaded model with its tokenizer. Make one with `templora.load`.
+
+    name: what it was loaded as. positions: how many it was trained for, None if without limit.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str = ""
+    ) -> None:
+        self.model, self.name = model.eval(), name or model.config.name_or_path
+        model.requires_grad_(False)
+        self._tokenizer = tokenizer
+        self._probe: Probe = probe(model)
+        text = model.config.get_text_config()
+        self.positions: int | None = getattr(text, "max_position_embeddings", None)
+        self.vocabulary: int = text.vocab_size
+        accepted = inspect.signature(model.forward).parameters
+        self._accepts = {"position_ids", "logits_to_keep"} & accepted.keys()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer; a base made from a bare model has none and works with token ids only."""
+        assert self._tokenizer is not None, "this base was made without a tokenizer"
+        return self._tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.model.device
+
+    def session(self, recipe: Any = "default", *, seed: int = 0, **overrides: Any) -> Any:
+        """A new session: one text with a fresh adapter.
+
+        Args:
+            recipe: a name, a YAML file or a `Recipe`. overrides: recipe keys that win over it.
+            seed: of the adapter's start and of sampling.
+
+        Raises:
+            InvalidRecipe, WindowTooLarge, UnsupportedModel: before any work starts.
+        """
+        from templora.session import Session
+
+        return Session(self, recipe, seed=seed, **overrides)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens."""
+        return self.tokenizer.encode(text, add_special_tokens=False)  # pyright: ignore[reportReturnType]
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """False for a base made from a bare model."""
+        return self._tokenizer is not None
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Tokens with which the model ends a document."""
+        config = self.model.generation_config
+        ids: Any = config.eos_token_id if config is not None else None
+        if ids is None and self._tokenizer is not None:
+            ids = self._tokenizer.eos_token_id
+        return [] if ids is None else [ids] if isinstance(ids, int) else [int(i) for i in ids]
+
+    @property
+    def prefix_ids(self) -> list[int]:
+        """What stands before the first token of a text: BOS, else EOS, else nothing (as lm-eval does)."""
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if isinstance(token, int):
+                return [token]
+        return []
+
+    def last_logits(self, ids: Sequence[int], position: int, cache: Cache) -> Tensor:
+        """Run `ids` from that position on top of `cache`, which grows.
+
+        Returns:
+            Logits after the last of them, [vocab], in the model's dtype.
+        """
+        with torch.no_grad():
+            if self._probe.plain_head:
+                return self._probe.head(self._hidden(ids, position, cache)[-1:])[0]
+            return self._logits(ids, position, cache, keep=1)[0]
+
+    def nll(
+        self,
+        ids: Sequence[int],
+        labels: Sequence[int],
+        position: int = 0,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Run `ids` from that position; the last `len(labels)` outputs are scored.
+
+        Gradients flow unless switched off by the caller.
+
+        Returns:
+            NLL of each label in nats, fp32, [labels].
+        """
+        target = torch.tensor(labels, device=self.device)
+        if self._probe.plain_head:
+            hidden = self._hidden(ids, position, cache)[-len(labels) :]
+            return linear_nll(hidden, self._probe.head, target)
+        return logits_nll(self._logits(ids, position, cache, keep=len(labels)), target)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the name, dtype and bytes of every parameter and buffer."""
+        digest = hashlib.sha256()
+        tensors = (*self.model.named_parameters(), *self.model.named_buffers())
+        for name, tensor in sorted(tensors):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def _inputs(self, ids: Sequence[int], position: int, cache: Cache | None) -> dict[str, Any]:
+        inputs: dict[str, Any] = {
+            "input_ids": torch.tensor([ids], device=self.device),  # [1, tokens]
+            "past_key_values": cache,
+            "use_cache": cache is not None,
+        }
+        if "position_ids" in self._accepts:
+            stop = position + len(ids)
+            inputs["position_ids"] = torch.arange(position, stop, device=self.device).unsqueeze(0)
+        return inputs
+
+    def _hidden(self, ids: Sequence[int], position: int, cache: Cache | None) -> Tensor:
+        """What the head is given, [tokens, width]."""
+        output = self._probe.backbone(**self._inputs(ids, position, cache))
+        return output.last_hidden_state[0]
+
+    def _logits(self, ids: Sequence[int], position: int, cache: Cache | None, keep: int) -> Tensor:
+        """The model's own logits for the last `keep` tokens, [keep, vocab]."""
+        kwargs = {"logits_to_keep": keep} if "logits_to_keep" in self._accepts else {}
+        return self.model(**self._inputs(ids, position, cache), **kwargs).logits[0, -keep:]
+
+
+def load(
+    name: str | None = None,
+    *,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> Base:
+    """A base by name ("novelist", a local folder, a hub id), or from a loaded model.
+
+    Args:
+        dtype: "float32", "bfloat16", …; by default the checkpoint's on a GPU, and float32 on a CPU for
+            models of up to two billion parameters.
+        device: "cuda", "cpu", …; by default a GPU where there is one.
+
+    Raises:
+        ModelNotFound: nothing of that name, or unreadable. UnsupportedModel: it cannot carry an adapter.
+    """
+    if model is not None:
+        return Base(model, tokenizer, name or "")
+    loaded, found = loading.load_pretrained(name or loading.EMBEDDED, dtype, device)
+    return Base(loaded, tokenizer or found, name or loading.EMBEDDED)

@@ -1,0 +1,31 @@
+"""The command line: one app, a command a module. Nothing here imports torch before it must."""
+
+from typing import Annotated
+
+import typer
+
+from templora import __version__
+from templora.commands import write
+
+app = typer.Typer(
+    name="templora",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.command(help=write.HELP)(write.write)
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    """Unlimited memory for one text: a temporary adapter learns what is written, as it is written."""
+    if version:
+        typer.echo(f"templora {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """The `templora` command."""
+    app()

@@ -1,0 +1,1 @@
+"""The commands of `templora`, one a module; each is parse, build, loop over events, show."""

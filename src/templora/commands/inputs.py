@@ -1,0 +1,46 @@
+"""What commands are given: a base, a recipe, text files. Torch is imported when a base is loaded."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from templora import recipe
+from templora.errors import InvalidText
+from templora.recipe import Recipe
+
+if TYPE_CHECKING:
+    from templora.base import Base
+
+
+def load_base(model: str, dtype: str | None, device: str | None) -> "Base":
+    """A base by name; transformers' own chatter is switched off."""
+    from transformers.utils import logging
+
+    from templora.base import load
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return load(model, dtype=dtype, device=device)
+
+
+def load_recipe(name: str, pairs: list[str], sizes: dict[str, int | None]) -> Recipe:
+    """A recipe by name or file, with --set pairs and sizes over it."""
+    return recipe.load(
+        name, recipe.parse_pairs(pairs) | {k: v for k, v in sizes.items() if v is not None}
+    )
+
+
+def text_of(path: Path) -> str:
+    """A text file, UTF-8."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidText(
+            f"{path} is not UTF-8 text (byte {error.start}); convert it, for example with iconv"
+        ) from error
+    except OSError as error:
+        raise InvalidText(f"cannot read {path}: {error.strerror}; check the name") from error
+    if "\0" in text:
+        raise InvalidText(f"{path} holds binary data, not text; give a plain text file")
+    if not text.strip():
+        raise InvalidText(f"{path} is empty; give a file that holds text")
+    return text

@@ -1,0 +1,52 @@
+"""How a command runs: what it says aside, errors in one line, Ctrl-C between two tokens."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from templora.errors import TemploraError
+
+INTERRUPTED = 130  # the shell's code for a program that was stopped with Ctrl-C
+
+
+def say(line: str) -> None:
+    """A line to stderr, where it does not mix with the text."""
+    typer.echo(line, err=True)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Cause and cure in one line, exit code 2."""
+    try:
+        yield
+    except TemploraError as error:
+        say(f"error: {error}")
+        raise typer.Exit(2) from error
+    except BrokenPipeError:
+        # The reader of our output has gone; Python would complain again while it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+
+
+@contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """The signals that asked to stop, so far: true as soon as there is one. The second one insists."""
+    asked: list[int] = []
+
+    def ask(number: int, _: object) -> None:
+        asked.append(number)
+        signal.signal(number, before[number])
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, ask)
+    try:
+        yield asked
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number])

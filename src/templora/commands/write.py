@@ -1,0 +1,155 @@
+"""`templora write`: continue a text, learning it on the way."""
+
+import shlex
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from templora.commands.inputs import load_base, load_recipe, text_of
+from templora.commands.running import INTERRUPTED, interruptible, one_line_errors, say
+from templora.errors import InvalidText
+
+if TYPE_CHECKING:
+    from templora.events import End, Event
+    from templora.session import Session
+
+HELP = """
+Continue a text, learning it on the way.
+
+**Examples**
+
+    templora write "It was a dark and stormy night" --tokens 2000 --out novel.txt
+
+    templora write --read novel.txt --out novel.txt --tokens 2000
+
+    templora write --prompt-file opening.txt --model ./my-model --window 2048 --json
+"""
+
+
+def write(
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A file that holds the prompt.")] = None,
+    read: Annotated[
+        list[Path] | None, typer.Option(help="Text to learn first; may be repeated.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write.")] = 1000,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the text is saved. Never overwrites.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="novelist, a local folder, or a hub id.")] = "novelist",
+    recipe: Annotated[str, typer.Option(help="default, paper, or a YAML file.")] = "default",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Recipe key=value; may be repeated.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens visible before a chunk.")] = None,
+    chunk: Annotated[int | None, typer.Option(help="Tokens written, then learned.")] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens visible while a chunk is learned.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
+    top_k: Annotated[int | None, typer.Option()] = None,
+    top_p: Annotated[float | None, typer.Option()] = None,
+    min_p: Annotated[float | None, typer.Option()] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="1 switches it off.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End where this string appears.")] = None,
+    stop_at_eos: Annotated[bool, typer.Option(help="End where the model ends a document.")] = False,
+    base: Annotated[bool, typer.Option(help="Also measure perplexity under the bare base.")] = True,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
+    json: Annotated[bool, typer.Option("--json", help="One event a line.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No text on the screen.")] = False,
+) -> None:
+    """Continue a text."""
+    with one_line_errors():
+        opening = _opening(prompt, prompt_file, read or [])
+        given = [text_of(path) for path in read or []]
+        path = out or Path(f"templora-{datetime.now():%Y%m%d-%H%M%S}.txt")
+        sampling = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+        }
+        session = load_base(model, dtype, device).session(
+            load_recipe(recipe, set_ or [], {"window": window, "chunk": chunk, "context": context}),
+            seed=seed,
+        )
+        wishes = {"stop": stop or (), "stop_at_eos": stop_at_eos, "score_base": base, **sampling}
+        append = any(path.exists() and path.samefile(r) for r in read or [])
+        _write(_Job(session, opening, given, tokens, path, append, wishes), json=json, quiet=quiet)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What to write: after which texts, how much, where to, with which wishes for `Session.write`."""
+
+    session: "Session"
+    opening: str
+    given: list[str]
+    tokens: int
+    path: Path
+    append: bool
+    wishes: dict[str, Any]
+
+    def events(self) -> "Iterator[Event]":
+        """Learn what is given, then write."""
+        for text in (*self.given, self.opening):
+            if text:
+                yield from self.session.reading(text, score_base=self.wishes["score_base"])
+        yield from self.session.write(self.tokens, **self.wishes)
+
+
+def _write(job: _Job, *, json: bool, quiet: bool) -> None:
+    from templora import report
+    from templora.events import End
+
+    status = report.Status(job.tokens, job.session.plan.window)
+    sink = (
+        report.JsonLines() if json else report.Quiet() if quiet else report.screen_or_plain(status)
+    )
+    end: End | None = None
+    with ExitStack() as stack:
+        sinks = [stack.enter_context(report.TextFile(job.path, append=job.append))]
+        sinks.append(stack.enter_context(sink))
+        interrupted = stack.enter_context(interruptible())
+        for each in sinks:
+            each.echo(job.opening)
+        for event in report.send(job.events(), sinks):
+            end = event if isinstance(event, End) else end
+            if interrupted:
+                break
+    _closing_lines(job, end)
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _closing_lines(job: _Job, end: "End | None") -> None:
+    """Where the text is, what the adapter was worth, and how to go on; to stderr."""
+    if end and end.adapted_perplexity and end.base_perplexity:
+        change = 100 * (end.adapted_perplexity / end.base_perplexity - 1)
+        say(
+            f"perplexity of {end.scored_tokens:,} tokens: base {end.base_perplexity:.2f}, "
+            f"adapter {end.adapted_perplexity:.2f} ({change:+.1f} %)"
+        )
+    path = shlex.quote(str(job.path))
+    state = "saved to" if end else "interrupted; all that was written is in"
+    say(f"{state} {path}")
+    say(f"go on with: templora write --read {path} --out {path} --tokens {job.tokens}")
+
+
+def _opening(prompt: str | None, prompt_file: Path | None, read: list[Path]) -> str:
+    if prompt is not None and prompt_file is not None:
+        raise InvalidText("a prompt and --prompt-file were both given; give one of them")
+    text = text_of(prompt_file) if prompt_file is not None else prompt or ""
+    if not text.strip() and not read:
+        raise InvalidText(
+            'the prompt is empty; say for example: templora write "It was a dark night"'
+        )
+    return text

@@ -1,0 +1,77 @@
+"""The visible window as the model sees it: what is cached, what must be run, under which adapter.
+
+Python ints in and out; it knows nothing of text. Before each chunk the window is made exact:
+recomputed (every visible token runs again under the newest adapter), or reused (old keys stay until
+positions run out, but nothing older than the window is visible).
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from templora.adapter import Adapter
+from templora.base import Base
+from templora.cache import WindowCache
+from templora.window import Plan, Span
+
+
+class Decoder:
+    """The window of one text. reuse: keep keys that older adapter versions made."""
+
+    def __init__(self, base: Base, adapter: Adapter, plan: Plan, *, reuse: bool) -> None:
+        self.base, self.adapter, self.plan, self.reuse = base, adapter, plan, reuse
+        capacity = plan.window + plan.chunk
+        if reuse:  # room to grow before positions start again from 0
+            capacity = max(capacity, plan.positions or 2 * capacity)
+        self.cache = WindowCache(capacity)
+        self._chunk: int | None = None
+
+    def forget(self) -> None:
+        """Drop what is cached, as after the text or the adapter was changed from outside."""
+        self._chunk = None
+
+    def logits(self, ids: Sequence[int], span: Span) -> Tensor:
+        """Logits for the token after `ids`, inside the chunk of `span`, [vocab].
+
+        Exactly the tokens from `span.visible` on are seen. Only what is not yet cached runs.
+        """
+        self._enter(span)
+        self.cache.crop(len(ids) - 1)  # the last token must run for its logits
+        return self._run(ids, len(ids))
+
+    def prefix(self, ids: Sequence[int], span: Span, context: int) -> tuple[Cache, int]:
+        """The `context` tokens before the chunk as a frozen cache, and the next position.
+
+        The chunk's pass begins with the last token before it, whose output predicts its first; so the
+        prefix ends one token earlier.
+        """
+        self._enter(span)
+        stop = span.start - 1
+        if self.cache.stop < stop:
+            self._run(ids, stop)
+        first = max(self.cache.first, span.start - context)
+        return self.cache.prefix(min(first, stop), stop), stop - self.cache.origin
+
+    def keep(self, prefix: Cache, span: Span) -> None:
+        """Cache the keys that a pass over `prefix` made for the chunk, if they will be reused."""
+        if self.reuse and self.cache.stop == span.start - 1:
+            self.cache.extend(prefix)
+
+    def _enter(self, span: Span) -> None:
+        if self._chunk == span.chunk:
+            return
+        fits = span.stop - self.cache.origin <= self.cache.capacity
+        continues = self.cache.first <= span.visible and self.cache.stop > span.visible
+        if self.reuse and self._chunk is not None and fits and continues:
+            self.cache.forget_before(span.visible)
+        else:
+            self.cache.restart(span.visible)
+        self._chunk = span.chunk
+
+    def _run(self, ids: Sequence[int], stop: int) -> Tensor:
+        cache = self.cache
+        with self.adapter.decoding():
+            logits = self.base.last_logits(ids[cache.stop : stop], cache.stop - cache.origin, cache)
+        cache.version = self.adapter.version
+        return logits

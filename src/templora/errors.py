@@ -1,0 +1,40 @@
+"""The one tree of errors. Each message names the cause and the cure, in one line.
+
+Deliberately knows nothing of torch: the command line imports it before any model is loaded.
+"""
+
+
+class TemploraError(Exception):
+    """Anything a user can mend. The command line prints it in one line and exits with 2."""
+
+
+class InvalidRecipe(TemploraError):
+    """A recipe that does not exist, does not parse, or holds a value that cannot work."""
+
+
+class WindowTooLarge(TemploraError):
+    """Window, chunk and context do not fit into the positions that the base was trained for."""
+
+
+class UnsupportedModel(TemploraError):
+    """A model that cannot carry an adapter: no causal LM, no key/value cache, no linear layers."""
+
+
+class ModelNotFound(TemploraError):
+    """No model of that name or at that place, or its files cannot be read."""
+
+
+class InvalidText(TemploraError):
+    """A text that cannot be used: empty, not text, or not readable."""
+
+
+class OutOfMemory(TemploraError):
+    """The machine or the GPU ran out of memory at the chosen sizes."""
+
+
+class OutputError(TemploraError):
+    """What was written could not be saved where it was asked for."""
+
+
+class SessionClosed(TemploraError):
+    """The session was discarded: its adapter is gone."""

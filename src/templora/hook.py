@@ -1,0 +1,96 @@
+"""The hook that transformers users expect: `model.generate(ids, custom_generate=templora.generate)`.
+
+transformers prepares the logits processors, stopping criteria and length; the loop is a session's.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from templora.base import Base
+from templora.errors import InvalidRecipe
+from templora.events import Token
+from templora.recipe import Recipe
+from templora.sampling import Sampling
+
+ENDLESS = sys.maxsize  # the stopping criteria decide
+
+
+def generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: BaseStreamer | None = None,
+    recipe: str | Path | Recipe = "default",
+    recipe_overrides: dict[str, Any] | None = None,
+    seed: int | None = None,
+    **_: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """A decoding method for `GenerationMixin.generate` that learns while it writes.
+
+    Args:
+        input_ids: [1, tokens]; full chunks of it are learned first.
+        recipe, recipe_overrides: as for `Base.session`.
+        seed: of adapter and sampling; by default drawn from torch's generator, so that
+            `torch.manual_seed` decides, as it does elsewhere in transformers.
+
+    Returns:
+        [1, tokens + written], or transformers' output class if `return_dict_in_generate` is set.
+    """
+    _refuse(input_ids, generation_config)
+    streamer = streamer or _callers_streamer()
+    seed = int(torch.randint(2**31, ())) if seed is None else seed
+    session = Base(model, None).session(recipe, seed=seed, **(recipe_overrides or {}))
+    session.extend(input_ids[0].tolist(), "")
+    greedy = Sampling(temperature=1.0 if generation_config.do_sample else 0.0)
+    try:
+        for event in session.write(
+            ENDLESS, sampling=greedy, processors=logits_processor, score_base=False
+        ):
+            if not isinstance(event, Token):
+                continue
+            token = torch.tensor([[event.id]], device=input_ids.device)
+            input_ids = torch.cat((input_ids, token), dim=1)
+            if streamer is not None:
+                streamer.put(token[0].cpu())
+            if bool(stopping_criteria(input_ids, None).all()):  # pyright: ignore[reportArgumentType]
+                break
+    finally:
+        session.discard()
+    if streamer is not None:
+        streamer.end()
+    if generation_config.return_dict_in_generate:
+        return GenerateDecoderOnlyOutput(sequences=input_ids)  # pyright: ignore[reportArgumentType]
+    return input_ids
+
+
+def _refuse(input_ids: Tensor, config: GenerationConfig) -> None:
+    if input_ids.shape[0] != 1:
+        raise InvalidRecipe("templora.generate writes one text at a time; pass a batch of one")
+    if (config.num_beams or 1) > 1 or (config.num_return_sequences or 1) > 1:
+        raise InvalidRecipe(
+            "templora.generate samples; set num_beams and num_return_sequences to 1"
+        )
+
+
+def _callers_streamer() -> BaseStreamer | None:
+    """`generate(streamer=…)` reaches built-in decoding methods only: a callable is not handed it.
+
+    So it is taken from the frame of `generate`, two calls up. Without it a user would see no text.
+    """
+    frame = sys._getframe(2)  # pyright: ignore[reportPrivateUsage]
+    found = frame.f_locals.get("streamer") if frame.f_code.co_name == "generate" else None
+    return found if isinstance(found, BaseStreamer) else None

@@ -1,0 +1,122 @@
+"""One update of the adapter on one chunk: a transaction.
+
+If it fails (a loss or gradient that is not finite, no memory, an interrupt), adapter, optimiser and
+version are what they were, bit for bit. It is told what to minimise and knows nothing of texts.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from templora.adapter import Adapter
+from templora.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one update did. learning_rate: of A. gradient_norm: of the last step, before clipping."""
+
+    version: int
+    learning_rate: float
+    gradient_norm: float
+
+
+class NotFinite(ArithmeticError):
+    """The loss or a gradient was NaN or infinite; the update was dropped."""
+
+
+class Learner:
+    """The adapter's optimiser: AdamW over two flat tensors, as the recipe says."""
+
+    def __init__(self, adapter: Adapter, recipe: Recipe, seed: int) -> None:
+        self.adapter, self.recipe = adapter, recipe
+        self.optimizer = torch.optim.AdamW(
+            [{"params": [adapter.a]}, {"params": [adapter.b]}],
+            betas=(recipe.beta1, recipe.beta2),
+            eps=recipe.eps,
+            weight_decay=recipe.weight_decay,
+            fused=True,
+        )
+        # LoRA dropout draws from torch's global generator: each session lends it its own state.
+        self._dropout_state = torch.Generator().manual_seed(seed).get_state()
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether the pass that scores a chunk can also be the first that is learned from."""
+        return self.recipe.dropout == 0
+
+    def learn(self, chunk: int, nll: Callable[[], Tensor], first: Tensor | None = None) -> Update:
+        """All epochs on one chunk, by its mean NLL.
+
+        Args:
+            chunk: its number, which sets the learning rate.
+            nll: makes a differentiable pass, [tokens] in nats, under the attached adapter.
+            first: such a pass that was made already, used for the first epoch.
+
+        Raises:
+            NotFinite: after everything was put back.
+        """
+        adapter, rate = self.adapter, self.recipe.rate_at(chunk)
+        weights, state, version = adapter.snapshot(), self._state(), adapter.version
+        norm = 0.0
+        try:
+            for epoch in range(self.recipe.epochs):
+                norm = self._step(
+                    first if epoch == 0 and first is not None else self._pass(nll), rate
+                )
+            if not bool(torch.isfinite(adapter.flat).all()):
+                raise NotFinite("the updated adapter is not finite")
+        except BaseException:
+            adapter.restore(weights, version)
+            self.optimizer.load_state_dict(state)
+            raise
+        finally:
+            adapter.gradient.zero_()
+        adapter.updated()
+        return Update(adapter.version, rate, norm)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resumed session needs besides the adapter's weights."""
+        return {"optimizer": self._state(), "dropout": self._dropout_state.clone()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` returned."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._dropout_state = state["dropout"].clone()
+
+    def _state(self) -> dict[str, Any]:
+        return copy.deepcopy(self.optimizer.state_dict())
+
+    def _pass(self, nll: Callable[[], Tensor]) -> Tensor:
+        with self.adapter.attached(training=True), torch.enable_grad():
+            if self.recipe.dropout == 0:
+                return nll()
+            device = self.adapter.flat.device
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                torch.random.set_rng_state(self._dropout_state)
+                result = nll()
+                self._dropout_state = torch.random.get_rng_state()
+            return result
+
+    def _step(self, nll: Tensor, rate: float) -> float:
+        """One optimiser step; returns the gradient norm before clipping."""
+        adapter = self.adapter
+        adapter.gradient.zero_()
+        nll.mean().backward()
+        norm = float(torch.linalg.vector_norm(adapter.gradient))
+        if not norm < float("inf"):
+            raise NotFinite("the loss or its gradient is not finite")
+        clip = self.recipe.clip
+        if clip is not None and norm > clip:
+            # torch.nn.utils.clip_grad_norm_ adds this small number too: the paper's loop is matched exactly.
+            adapter.gradient.mul_(clip / (norm + 1e-6))
+        for group, factor in zip(
+            self.optimizer.param_groups, (1.0, self.recipe.b_rate), strict=True
+        ):
+            group["lr"] = rate * factor
+        self.optimizer.step()
+        return norm

@@ -1,0 +1,86 @@
+"""Finding and reading a pretrained model, with errors that say what to do about it."""
+
+import os
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from templora.errors import ModelNotFound, OutOfMemory, UnsupportedModel
+
+EMBEDDED = "novelist"
+# fp32 costs twice the memory but runs faster than bf16 on most CPUs, and merges exactly.
+LARGEST_FP32_ON_CPU = 2_000_000_000  # parameters
+
+
+def load_pretrained(
+    name: str, dtype: str | None, device: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of that name; see `templora.load`."""
+    place = _place(name)
+    config = _read(name, AutoConfig.from_pretrained, place)
+    if (
+        config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {})
+    ):
+        raise UnsupportedModel(
+            f"{name} is a {config.model_type} model, not a causal LM; choose one that writes text"
+        )
+    tokenizer = _read(name, AutoTokenizer.from_pretrained, place)
+    model = _read(name, AutoModelForCausalLM.from_pretrained, place, dtype=_dtype(dtype))
+    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return _moved(model, dtype, target), tokenizer
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"{name} does not fit on {target}; choose a smaller model or --dtype bfloat16"
+        ) from error
+
+
+def _moved(model: PreTrainedModel, dtype: str | None, device: str) -> PreTrainedModel:
+    model = model.to(device)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    small = model.num_parameters() <= LARGEST_FP32_ON_CPU
+    return model.float() if dtype is None and device == "cpu" and small else model
+
+
+def _place(name: str) -> str:
+    if name == EMBEDDED:
+        return str(resources.files("templora") / "models" / EMBEDDED)
+    looks_local = (
+        name.startswith((".", "/", "~")) or os.sep in name.rstrip("/")[:-1] and name.count("/") > 1
+    )
+    folder = Path(name).expanduser()
+    if looks_local and not folder.is_dir():
+        raise ModelNotFound(f"no folder {name}; give a folder that holds config.json, or a hub id")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ModelNotFound(f"{name} holds no config.json; give the folder of a Hugging Face model")
+    return str(folder) if folder.is_dir() else name
+
+
+def _dtype(name: str | None) -> str | torch.dtype:
+    if name is None or name == "auto":
+        return "auto"
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UnsupportedModel(f"no dtype {name!r}; choose float32, bfloat16 or float16")
+    return dtype
+
+
+def _read(name: str, reader: Callable[..., Any], place: str, **kwargs: object) -> Any:
+    """Call one of transformers' readers; whatever it raises becomes a `ModelNotFound` in one line."""
+    try:
+        return reader(place, **kwargs)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        cure = f"the embedded base is {EMBEDDED!r}; else give a local folder or a hub id"
+        raise ModelNotFound(f"cannot load {name}: {reason} ({cure})") from error

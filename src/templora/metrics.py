@@ -1,0 +1,40 @@
+"""Sums of negative log-likelihood, carried to the end and divided once.
+
+Source of the convention: perplexity = exp(sum of NLL / sum of tokens); bits per byte beside it.
+"""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Tally:
+    """A running sum. nll: nats. tokens: how many tokens it covers. bytes: UTF-8 bytes of their text."""
+
+    nll: float = 0.0
+    tokens: int = 0
+    bytes: int = 0
+
+    def add(self, nll: float, tokens: int, bytes: int = 0) -> None:
+        """Add one piece: nll in nats, summed over `tokens`."""
+        self.nll += nll
+        self.tokens += tokens
+        self.bytes += bytes
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp(mean NLL); None before the first token."""
+        return perplexity(self.nll, self.tokens) if self.tokens else None
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits per UTF-8 byte; None where no bytes were counted."""
+        return self.nll / math.log(2) / self.bytes if self.bytes else None
+
+
+def perplexity(nll: float, tokens: int) -> float:
+    """exp(nll / tokens), nll in nats and summed; infinite where it exceeds a float."""
+    try:
+        return math.exp(nll / tokens)
+    except OverflowError:
+        return math.inf

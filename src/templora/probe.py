@@ -1,0 +1,75 @@
+"""What can be known of a model only by running it: four passes over four tokens.
+
+A model that cannot carry an adapter is refused here, with the reason, before any work starts.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from templora.cache import WindowCache
+from templora.errors import UnsupportedModel
+
+TOKENS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """plain_head: logits are exactly head(hidden states), so they can be made a piece at a time."""
+
+    backbone: nn.Module
+    head: nn.Module
+    plain_head: bool
+
+
+def probe(model: PreTrainedModel) -> Probe:
+    """Try the model.
+
+    Raises:
+        UnsupportedModel: no causal LM, no key/value cache, or one that does not continue exactly.
+    """
+    kind = type(model).__name__
+    head = model.get_output_embeddings()
+    if model.config.is_encoder_decoder or head is None:
+        raise UnsupportedModel(f"{kind} is not a decoder-only causal LM; choose one that is")
+    if any(name.rpartition(".")[2].startswith("lora_") for name, _ in model.named_modules()):
+        raise UnsupportedModel(
+            f"{kind} already carries a LoRA adapter; call merge_and_unload() first"
+        )
+    if getattr(model, "_is_stateful", False):
+        raise UnsupportedModel(
+            f"{kind} keeps a recurrent state, not keys and values; choose a transformer"
+        )
+    with torch.no_grad():
+        return Probe(model.base_model, head, _try(model, head, kind))
+
+
+def _try(model: PreTrainedModel, head: nn.Module, kind: str) -> bool:
+    ids = (
+        torch.arange(1, TOKENS + 1, device=model.device).unsqueeze(0)
+        % model.config.get_text_config().vocab_size
+    )
+    cache: Any = WindowCache(TOKENS)
+    whole: Tensor = model(ids, use_cache=False).logits[0]  # [4, vocab]
+    try:
+        before = model(ids[:, :-1], past_key_values=cache, use_cache=True).logits[0]
+        after = model(ids[:, -1:], past_key_values=cache, use_cache=True).logits[0]
+    except (AttributeError, TypeError, ValueError, NotImplementedError, IndexError) as error:
+        raise UnsupportedModel(
+            f"{kind} cannot use a key/value cache ({error}); choose another model"
+        ) from error
+    if cache.stop != TOKENS:
+        raise UnsupportedModel(f"{kind} keeps no keys and values; choose a transformer")
+    if not _close(before, whole[:-1]):
+        raise UnsupportedModel(f"{kind} is not causal: a token changes what came before it")
+    if not _close(after, whole[-1:]):
+        raise UnsupportedModel(f"{kind} does not continue from its cache as it does in one pass")
+    return torch.equal(head(model.base_model(ids, use_cache=False).last_hidden_state)[0], whole)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    scale = b.float().abs().max().item()
+    return torch.allclose(a.float(), b.float(), rtol=0.05, atol=0.05 * max(scale, 1e-6))

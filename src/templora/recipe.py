@@ -1,0 +1,172 @@
+"""A recipe: a named, complete set of hyper-parameters, as plain values.
+
+Named recipes are the YAML files beside this package's code; a user's file or `key=value` pairs are
+laid over one. Deliberately knows nothing of torch or of any base.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from templora.errors import InvalidRecipe
+
+SIZES = frozenset({"window", "chunk", "context"})
+# vLLM refuses LoRA ranks outside this list, and what we save is meant to be served there.
+Rank = Literal[8, 16, 32, 64, 128, 256]
+Tokens = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Recipe(BaseModel):
+    """All that decides how an adapter learns. Sizes are in tokens; rates are per optimiser step.
+
+    Source of the names: arXiv 2401.11504 (window W, chunk Δ, context L_T), PEFT (rank, alpha, dropout,
+    rslora, targets), torch.optim.AdamW (beta1, beta2, eps, weight_decay).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field("", description="the named recipe or file this one came from")
+    window: Tokens = Field(description="W: tokens that are visible before a chunk")
+    chunk: Tokens = Field(description="Δ: tokens that are written, then learned")
+    context: Tokens = Field(description="L_T: tokens visible before a chunk while it is learned")
+    epochs: Tokens = Field(description="optimiser steps on each chunk")
+    rank: Rank = Field(description="LoRA rank")
+    alpha: Positive = Field(description="LoRA alpha; the update is scaled by alpha / rank")
+    dropout: Fraction = Field(description="LoRA dropout while learning")
+    rslora: bool = Field(description="scale by alpha / sqrt(rank) instead")
+    targets: str | tuple[str, ...] = Field(description='"all-linear" or module names')
+    learning_rate: NonNegative = Field(description="AdamW's rate for A; 0 switches learning off")
+    b_rate: Positive = Field(description="B's rate as a multiple of A's (LoRA+)")
+    beta1: Fraction
+    beta2: Fraction
+    eps: Positive
+    weight_decay: NonNegative
+    clip: Positive | None = Field(description="largest gradient norm; null for no clipping")
+    warmup_chunks: int = Field(ge=0, description="the rate rises from 0 over this many chunks")
+    decay_chunks: Positive | None = Field(
+        description="rate / sqrt(1 + chunk / this); null: constant"
+    )
+    context_from: Literal["cache", "recompute"] = Field(
+        description="cache: no gradient through the context; recompute: as the paper does"
+    )
+    cache: Literal["recompute", "reuse"] = Field(
+        description="keys and values after an update: recompute them, or reuse the old adapter's"
+    )
+    # Sizes the user named: never shrunk to fit a base. Not a hyper-parameter, so not in the YAML.
+    fixed: frozenset[str] = Field(frozenset(), exclude=True, repr=False)
+
+    def rate_at(self, chunk: int) -> float:
+        """Learning rate of A on the chunk of that number (from 0), warm-up and decay applied."""
+        rate = self.learning_rate
+        if chunk < self.warmup_chunks:
+            rate *= chunk / self.warmup_chunks
+        if self.decay_chunks is not None:
+            rate /= (1 + chunk / self.decay_chunks) ** 0.5
+        return rate
+
+
+def names() -> list[str]:
+    """The named recipes."""
+    folder = resources.files("templora") / "recipes"
+    return sorted(Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def load(recipe: "str | Path | Recipe", overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe by name, from a YAML file laid over `default` (or over its own `extends`), or as is.
+
+    overrides: values that win over it; sizes named here are taken as the user's wish and never shrunk.
+
+    Raises:
+        InvalidRecipe: no such recipe, an unknown key, or a value that cannot work.
+    """
+    if isinstance(recipe, Recipe):
+        values, fixed = recipe.model_dump(), set(recipe.fixed)
+    elif str(recipe) in names():
+        values, fixed = _named(str(recipe)), set[str]()
+    else:
+        values, fixed = _from_file(Path(recipe))
+    given = {k: v for k, v in (overrides or {}).items() if v is not None}
+    fixed |= SIZES & given.keys()
+    return _validated(values | given | {"fixed": fixed})
+
+
+def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:
+    """`["epochs=2", "clip=null"]` as values; the right-hand sides are YAML."""
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise InvalidRecipe(f"--set takes key=value, not {pair!r}; say for example epochs=2")
+        values[key.strip()] = _yaml(value, f"--set {pair}")
+    _refuse_unknown(values)
+    return values
+
+
+def _named(name: str) -> dict[str, Any]:
+    text = (resources.files("templora") / "recipes" / f"{name}.yaml").read_text("utf-8")
+    return {"name": name, **_yaml(text, name)}
+
+
+def _from_file(path: Path) -> tuple[dict[str, Any], set[str]]:
+    if not path.is_file():
+        known = ", ".join(names())
+        raise InvalidRecipe(
+            f"no recipe {str(path)!r}; named recipes are {known}, or give a YAML file"
+        )
+    values = _yaml(path.read_text("utf-8"), str(path))
+    if not isinstance(values, dict):
+        raise InvalidRecipe(f"{path} is not a recipe; it must hold lines of the form key: value")
+    given = cast(dict[str, Any], values)
+    extends = given.pop("extends", "default")
+    if extends not in names():
+        raise InvalidRecipe(f"{path} extends {extends!r}; named recipes are {', '.join(names())}")
+    _refuse_unknown(given)
+    return {**_named(str(extends)), "name": path.stem, **given}, set(SIZES & given.keys())
+
+
+def _yaml(text: str, place: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InvalidRecipe(f"{place} is not valid YAML: {' '.join(str(error).split())}") from error
+    # YAML 1.1 reads 5e-5 (no dot) as a string, which no user means.
+    return _number(value)
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _number(v) for k, v in cast(dict[str, Any], value).items()}
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _refuse_unknown(values: Mapping[str, Any]) -> None:
+    known = Recipe.model_fields.keys() - {"fixed"}
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
+            raise InvalidRecipe(
+                f"unknown recipe key {str(key)!r}; the nearest known key is {near[0]!r}"
+            )
+
+
+def _validated(values: Mapping[str, Any]) -> Recipe:
+    _refuse_unknown({k: v for k, v in values.items() if k != "fixed"})
+    try:
+        return Recipe.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"][:1])
+        raise InvalidRecipe(f"recipe key {key}: {first['msg']}, not {first['input']!r}") from error

@@ -1,0 +1,115 @@
+"""From logits to a token. The filtering is transformers' own logits processors; here is only the draw.
+
+A sampler has its own random generator, so a text does not depend on what else draws random numbers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from templora.errors import InvalidRecipe
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is drawn; the names and meanings are transformers'.
+
+    temperature 0 takes the likeliest token. None leaves a filter out. The repetition penalty looks at
+    the visible window and the chunk so far, as everything else does.
+    """
+
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = 0.95
+    min_p: float | None = None
+    repetition_penalty: float | None = 1.1
+
+    def __post_init__(self) -> None:
+        checks = {
+            "temperature": (self.temperature >= 0, "0 or more"),
+            "top_k": (self.top_k is None or self.top_k >= 1, "1 or more"),
+            "top_p": (self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (self.min_p is None or 0 <= self.min_p <= 1, "between 0 and 1"),
+            "repetition_penalty": (
+                self.repetition_penalty is None or self.repetition_penalty > 0,
+                "above 0; 1 switches it off",
+            ),
+        }
+        for name, (holds, range_) in checks.items():
+            if not holds:
+                raise InvalidRecipe(f"{name} is {getattr(self, name)}; it must be {range_}")
+
+    @classmethod
+    def of(cls, config: GenerationConfig | None, **wishes: Any) -> "Sampling":
+        """A model's own generation config where it speaks, these defaults elsewhere, wishes over both."""
+        values: dict[str, Any] = {}
+        for field in fields(cls):
+            own = getattr(config, field.name, None) if config is not None else None
+            wish = wishes.get(field.name)
+            if wish is not None or own is not None:
+                values[field.name] = own if wish is None else wish
+        return cls(**values)
+
+    def processors(self, banned: Sequence[int] = (), device: str = "cpu") -> LogitsProcessorList:
+        """transformers' processors in transformers' order. banned: token ids that are never drawn."""
+        made: list[Any] = []
+        if self.repetition_penalty not in (None, 1.0):
+            made.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
+        if banned:
+            made.append(SuppressTokensLogitsProcessor(list(banned), device=device))
+        if self.temperature not in (0, 1.0):
+            made.append(TemperatureLogitsWarper(float(self.temperature)))
+        if self.temperature > 0:
+            made.extend(self._filters())
+        return LogitsProcessorList(made)
+
+    def _filters(self) -> list[Any]:
+        made: list[Any] = []
+        if self.top_k is not None:
+            made.append(TopKLogitsWarper(self.top_k))
+        if self.top_p is not None and self.top_p < 1:
+            made.append(TopPLogitsWarper(self.top_p))
+        if self.min_p:
+            made.append(MinPLogitsWarper(self.min_p))
+        return made
+
+
+class Sampler:
+    """Draws tokens. greedy: take the likeliest instead."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        logits: Tensor,
+        visible: Sequence[int],
+        processors: LogitsProcessorList,
+        *,
+        greedy: bool,
+    ) -> int:
+        """One token id.
+
+        Args:
+            logits: [vocab]. visible: ids of the tokens seen, for the processors that look at them.
+        """
+        ids = torch.tensor([visible], device=logits.device)  # [1, visible]
+        scores: Tensor = processors(ids, logits.float().unsqueeze(0))[0]
+        if greedy:
+            return int(scores.argmax())
+        # Drawn on the CPU, where the generator lives: the same seed gives the same text on any device.
+        probabilities = scores.softmax(dim=-1).cpu()
+        return int(torch.multinomial(probabilities, 1, generator=self.generator))

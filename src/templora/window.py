@@ -1,0 +1,107 @@
+"""Which tokens are seen while which are written, scored or learned: integers only, no tensors.
+
+The laws that its tests hold: the chunks of a text tile it, each token but the first a target exactly
+once; nothing older than the window is visible; window + chunk never exceeds the trained positions.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from templora.errors import WindowTooLarge
+
+# The first token of a text has nothing before it, so it is context only, never a target.
+FIRST_TARGET = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One chunk of a text, as half-open ranges of token indices.
+
+    The chunk is [start, stop). [visible, start) is the window it is written or scored in.
+    """
+
+    chunk: int
+    visible: int
+    start: int
+    stop: int
+
+    @property
+    def tokens(self) -> int:
+        """Targets in this chunk."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Sizes in tokens: window W, chunk Δ, context L_T; positions: what the base was trained for.
+
+    positions None means that the base has no limit.
+    """
+
+    window: int
+    chunk: int
+    context: int
+    positions: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("window", "chunk", "context"):
+            if getattr(self, name) < 1:
+                raise WindowTooLarge(f"{name} must be at least 1 token, not {getattr(self, name)}")
+        if self.positions is None:
+            return
+        for name in ("window", "context"):
+            size = getattr(self, name)
+            if size + self.chunk > self.positions:
+                raise WindowTooLarge(self._too_large(name, size))
+
+    def _too_large(self, name: str, size: int) -> str:
+        cause = (
+            f"{name} {size} + chunk {self.chunk} exceed the {self.positions} positions of this base"
+        )
+        assert self.positions is not None
+        largest = self.positions - self.chunk
+        if largest < 1:
+            return f"{cause}; lower the chunk to {self.positions // 2} or less"
+        return f"{cause}; the largest {name} is {largest}"
+
+    def span(self, chunk: int) -> Span:
+        """The chunk of that number, full-sized."""
+        start = FIRST_TARGET + chunk * self.chunk
+        return Span(chunk, max(0, start - self.window), start, start + self.chunk)
+
+    def spans(self, tokens: int) -> Iterator[Span]:
+        """The chunks of a text of that many tokens; the last one may be short."""
+        chunk = 0
+        while (span := self.span(chunk)).start < tokens:
+            yield Span(chunk, span.visible, span.start, min(span.stop, tokens))
+            chunk += 1
+
+
+def fit(
+    window: int,
+    chunk: int,
+    context: int,
+    positions: int | None,
+    fixed: frozenset[str] = frozenset(),
+) -> Plan:
+    """A plan for this base: sizes that nobody fixed by hand shrink until they fit.
+
+    fixed: the names among window, chunk and context that were asked for and so must not change.
+
+    Raises:
+        WindowTooLarge: the fixed sizes cannot fit; the message says what can.
+    """
+    if positions is not None:
+        if "chunk" not in fixed:
+            taken = max(
+                [{"window": window, "context": context}[n] for n in fixed & {"window", "context"}],
+                default=0,
+            )
+            chunk = min(chunk, max(1, positions - taken if taken else positions // 2))
+        if "window" not in fixed:
+            window = max(1, min(window, positions - chunk))
+        if "context" not in fixed:
+            context = max(1, min(context, positions - chunk))
+    if "context" not in fixed:
+        context = min(context, window)
+    return Plan(window, chunk, context, positions)
