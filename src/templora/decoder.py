@@ -25,11 +25,11 @@ class Decoder:
         if reuse:  # room to grow before positions start again from 0
             capacity = max(capacity, plan.positions or 2 * capacity)
         self.cache = WindowCache(capacity)
-        self._chunk: int | None = None
+        self.chunk: int | None = None  # whose window is cached
 
     def forget(self) -> None:
         """Drop what is cached, as after the text or the adapter was changed from outside."""
-        self._chunk = None
+        self.chunk = None
 
     def logits(self, ids: Sequence[int], span: Span) -> Tensor:
         """Logits for the token after `ids`, inside the chunk of `span`, [vocab].
@@ -59,15 +59,15 @@ class Decoder:
             self.cache.extend(prefix)
 
     def _enter(self, span: Span) -> None:
-        if self._chunk == span.chunk:
+        if self.chunk == span.chunk:
             return
         fits = span.stop - self.cache.origin <= self.cache.capacity
         continues = self.cache.first <= span.visible and self.cache.stop > span.visible
-        if self.reuse and self._chunk is not None and fits and continues:
+        if self.reuse and self.chunk is not None and fits and continues:
             self.cache.forget_before(span.visible)
         else:
             self.cache.restart(span.visible)
-        self._chunk = span.chunk
+        self.chunk = span.chunk
 
     def _run(self, ids: Sequence[int], stop: int) -> Tensor:
         cache = self.cache

@@ -61,7 +61,7 @@ class Learner:
             NotFinite: after everything was put back.
         """
         adapter, rate = self.adapter, self.recipe.rate_at(chunk)
-        weights, state, version = adapter.snapshot(), self._state(), adapter.version
+        weights, state, version = adapter.snapshot(), self.state(), adapter.version
         norm = 0.0
         try:
             for epoch in range(self.recipe.epochs):
@@ -72,7 +72,7 @@ class Learner:
                 raise NotFinite("the updated adapter is not finite")
         except BaseException:
             adapter.restore(weights, version)
-            self.optimizer.load_state_dict(state)
+            self.load_state(state)
             raise
         finally:
             adapter.gradient.zero_()
@@ -81,15 +81,13 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed session needs besides the adapter's weights."""
-        return {"optimizer": self._state(), "dropout": self._dropout_state.clone()}
+        optimizer = copy.deepcopy(self.optimizer.state_dict())
+        return {"optimizer": optimizer, "dropout": self._dropout_state.clone()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state` returned."""
         self.optimizer.load_state_dict(state["optimizer"])
         self._dropout_state = state["dropout"].clone()
-
-    def _state(self) -> dict[str, Any]:
-        return copy.deepcopy(self.optimizer.state_dict())
 
     def _pass(self, nll: Callable[[], Tensor]) -> Tensor:
         with self.adapter.attached(training=True), torch.enable_grad():

@@ -1,0 +1,155 @@
+"""The pretraining recipe at toy size: it resumes exactly, covers its data, refuses what it must."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from tokenizers import Tokenizer
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "pretrain"
+WORDS = "the old captain looked at the grey sea and said nothing to his young friend".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def recipe_on_path():
+    """Import the scripts as they import each other, and forget them afterwards."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(RECIPE))
+    yield
+    sys.path.remove(str(RECIPE))
+    names = {path.stem for path in RECIPE.glob("*.py")}
+    for name in (set(sys.modules) - before) & names:
+        del sys.modules[name]
+
+
+def text(seed: int, words: int = 4000) -> str:
+    rng = np.random.default_rng(seed)
+    return " ".join(rng.choice(WORDS, words))
+
+
+def toy_config(**changes: object):
+    from config import PretrainConfig
+
+    settings = {
+        "shape": {"vocabulary": 300, "layers": 1, "hidden": 32, "feed_forward": 64, "heads": 2},
+        "stages": [{"progress": 0, "window": 16}, {"progress": 0.5, "window": 32}],
+        "total_tokens": 512,
+        "batch_tokens": 64,
+        "evaluate_blocks": 2,
+        "bf16": False,
+    }
+    return PretrainConfig.model_validate(settings | changes)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    from vocabulary import train_tokenizer
+
+    from data import Document
+
+    return train_tokenizer([Document("a", text(0) + " “Déjà vu,” he cried.")], 300)
+
+
+def toy_run(folder: Path, tokenizer: Tokenizer):
+    from data import Document, encode
+    from train import Run
+
+    stream = encode([Document("a", text(1)), Document("b", text(2))], tokenizer)
+    folder.mkdir()
+    return Run(toy_config(), folder, tokenizer, stream, stream, torch.device("cpu"))
+
+
+def test_a_stopped_and_resumed_training_gives_the_same_losses(tmp_path, tokenizer):
+    from train import train
+
+    whole = train(toy_run(tmp_path / "whole", tokenizer))
+    run = toy_run(tmp_path / "parts", tokenizer)
+    parts = train(run, stop_after=3) + train(run)
+    assert len(whole) == 8  # 512 tokens in batches of 64
+    assert parts == whole
+    assert whole[-1] < whole[0]
+
+
+def test_the_exported_folder_loads_and_gives_the_trained_models_losses(tmp_path, tokenizer):
+    from model import build_model, export, token_losses
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = build_model(toy_config(), boundary=0)
+    export(model, tokenizer, tmp_path, None)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.config.max_position_embeddings == 32
+    batch = torch.arange(33)[None]
+    torch.testing.assert_close(
+        token_losses(loaded, batch), token_losses(model.bfloat16(), batch), rtol=0, atol=0
+    )
+    read = AutoTokenizer.from_pretrained(tmp_path)
+    assert read.decode(read("the old captain").input_ids) == "the old captain"
+    assert read.bos_token == read.eos_token == "<|endoftext|>"
+
+
+def test_a_pass_takes_each_block_once_whatever_the_window():
+    from data import Batches
+
+    stream = np.arange(32 * 101 + 1, dtype=np.uint16)
+    batches = Batches(stream, longest=32, seed=0)
+    pass_tokens = 64 * 32
+    for window in (8, 32):
+        rows = [batches.take(taken, 64, window) for taken in range(0, pass_tokens, 64)]
+        inputs = torch.cat(rows)[:, :-1].flatten()
+        assert len(inputs) == pass_tokens == len(set(inputs.tolist()))
+        assert torch.equal(rows[0][:, 1:], rows[0][:, :-1] + 1)
+
+
+def test_every_target_is_scored_once_with_half_a_window_before_it():
+    from evaluate import windows
+
+    assert windows(10, 4, 2) == [(0, 0, 4), (2, 4, 6), (4, 6, 8), (6, 8, 10)]
+    assert windows(3, 4, 2) == [(0, 0, 3)]
+    assert windows(5, 4, 2) == [(0, 0, 4), (2, 4, 5)]
+
+
+def test_token_lengths_add_up_to_the_text(tokenizer):
+    from measure import TextLengths
+
+    sentence = "the “Déjà” captain\n"
+    ids = tokenizer.encode(sentence).ids
+    lengths = TextLengths.of(tokenizer)
+    assert lengths.byte_counts[ids].sum() == len(sentence.encode())
+    assert lengths.character_counts[ids].sum() == len(sentence)
+    assert lengths.byte_counts[tokenizer.token_to_id("<|endoftext|>")] == 0
+
+
+def test_a_document_with_a_page_of_an_unseen_text_is_found():
+    from overlap import overlaps
+
+    unseen = " ".join(f"word{i}" for i in range(500))
+    page = "Here it begins: " + unseen[1000:2000].upper().replace(" ", ", ")
+    other = " ".join(f"other{i}" for i in range(500))
+    copied, free = overlaps([("copied", page), ("free", other)], [unseen])
+    assert copied.share > 0.8
+    assert free.shared == 0
+    assert free.runs == 488
+
+
+def test_an_unknown_key_and_a_window_that_does_not_fit_are_refused():
+    with pytest.raises(ValidationError, match="learning_rate"):
+        toy_config(learning_rate=1)
+    with pytest.raises(ValidationError, match="window 24 must divide"):
+        toy_config(stages=[{"progress": 0, "window": 24}, {"progress": 0.5, "window": 32}])
+
+
+def test_the_committed_configurations_are_valid_and_the_rate_ends_at_zero():
+    from config import load_config
+
+    for path in RECIPE.glob("*.yaml"):
+        config = load_config(path)
+        assert config.longest == 2048
+        assert config.rate_at(0) == 0
+        assert config.rate_at(config.decay_from) == 1
+        assert config.rate_at(1) == 0

@@ -1,0 +1,222 @@
+"""The promises that everything else stands on: the paper's numbers, the exact window, the untouched base."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import templora
+from templora.base import Base
+from templora.decoder import Decoder
+from templora.events import ChunkScored
+from templora.session import Session
+from templora.testing import ByteTokenizer, tiny_llama
+from tests import plain_loop
+
+PROSE = (
+    "The lighthouse keeper climbed the stairs each evening, counting them aloud, and each evening there "
+    "were ninety-nine. On the last night of October there were a hundred. He stood upon the hundredth "
+    "stair for a long while, and the lamp above him turned, and the sea below him turned. "
+) * 4
+
+
+def tiny_base(**changes: object) -> Base:
+    return templora.load(model=tiny_llama(**changes), tokenizer=ByteTokenizer())
+
+
+def scores(session: Session, text: str) -> list[float]:
+    return [event.adapted_nll for event in session.reading(text) if isinstance(event, ChunkScored)]
+
+
+@pytest.mark.parametrize("name", ["tiny", pytest.param("novelist", marks=pytest.mark.slow)])
+def test_the_paper_recipe_gives_the_nll_of_a_plain_loop(name: str, tmp_path: Path) -> None:
+    base = tiny_base() if name == "tiny" else templora.load(name)
+    bare = copy.deepcopy(base.model)
+    # A rate a thousand times the paper's would drown a mistake in noise; the paper's own hides it, so
+    # the loop must run long enough for the adapter to matter: its effect is asserted below.
+    sizes = {"window": 32, "chunk": 32, "context": 32} if name == "tiny" else {"window": 48, "chunk": 32, "context": 48}
+    session = base.session("paper", seed=3, dropout=0.0, **sizes)
+    session.adapter.save(tmp_path)
+    start = load_file(tmp_path / "adapter_model.safetensors")
+    ours = scores(session, PROSE)
+    theirs = plain_loop.run(bare, session.ids, sizes["chunk"], sizes["context"], seed=3, adapter_from=start)
+    frozen = scores(base.session("paper", seed=3, learning_rate=0.0, **sizes), PROSE)
+    tokens = sizes["chunk"]
+    assert len(ours) == len(theirs) >= 5
+    assert [n / tokens for n in ours] == pytest.approx([n / tokens for n in theirs], abs=1e-4)
+    assert max(abs(a - b) / tokens for a, b in zip(ours, frozen, strict=True)) > 1e-3
+
+
+def test_a_context_from_the_cache_scores_as_a_recomputed_one() -> None:
+    base = tiny_base()
+    kept = scores(base.session(seed=1, window=48, chunk=16, context=48, learning_rate=0.0), PROSE)
+    fresh = scores(
+        base.session(seed=1, window=48, chunk=16, context=48, learning_rate=0.0, context_from="recompute"), PROSE
+    )
+    assert kept == pytest.approx(fresh, abs=1e-3)
+
+
+@settings(max_examples=20)
+@given(window=st.integers(1, 60), chunk=st.integers(1, 40), number=st.integers(1, 4), written=st.integers(0, 39))
+def test_the_token_just_outside_the_window_changes_no_logit_and_the_one_just_inside_does(
+    window: int, chunk: int, number: int, written: int
+) -> None:
+    base, session = BASE, session_after_learning(window, chunk)
+    span = session.plan.span(number)
+    length = span.start + min(written, chunk - 1)
+    ids = [(7 * i) % 250 for i in range(length)]
+
+    def logits(changed: int | None) -> torch.Tensor:
+        decoder = Decoder(base, session.adapter, session.plan, reuse=False)
+        return decoder.logits([249 if i == changed else t for i, t in enumerate(ids)], span)
+
+    if span.visible > 0:
+        assert torch.equal(logits(None), logits(span.visible - 1))
+    assert not torch.equal(logits(None), logits(span.visible))
+
+
+@settings(max_examples=20)
+@given(window=st.integers(1, 40), chunk=st.integers(1, 24), draws=st.integers(1, 120))
+def test_under_reuse_no_key_older_than_the_window_is_attended_to(window: int, chunk: int, draws: int) -> None:
+    session = session_after_learning(window, chunk, cache="reuse")
+    session.extend([1, 2, 3], "")
+    for count, _ in enumerate(session.write(draws, score_base=False)):
+        cache, span = session.decoder.cache, session.plan.span(session.chunk)
+        if session.decoder.chunk == span.chunk:
+            assert cache.first == span.visible
+            assert cache.stop - cache.first <= window + chunk
+            assert cache.stop - cache.origin <= 128, "a position beyond those the base was trained for"
+        if count > draws:
+            break
+
+
+def test_under_reuse_old_keys_are_used_until_positions_run_out() -> None:
+    base = tiny_base()
+    session = base.session(seed=1, window=32, chunk=8, context=32, cache="reuse", learning_rate=0.5)
+    origins: list[int] = []
+    for event in session.reading(PROSE):
+        if isinstance(event, ChunkScored):
+            origins.append(session.decoder.cache.origin)
+    assert len(set(origins)) < len(origins) / 4, "the window was recomputed at each chunk"
+    assert len(set(origins)) > 2, "positions never started again"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recipe", ["default", "paper"])
+def test_the_base_is_bit_identical_after_writing_reading_and_discarding(dtype: torch.dtype, recipe: str) -> None:
+    model = tiny_llama().to(dtype)
+    base = templora.load(model=model, tokenizer=ByteTokenizer())
+    fixed = torch.arange(40).unsqueeze(0)
+    before, logits, names = base.fingerprint(), model(fixed).logits, [n for n, _ in model.named_modules()]
+    session = base.session(recipe, seed=2, window=32, chunk=16, context=32, learning_rate=1e-2)
+    session.read(PROSE[:200])
+    for _ in session.write(60):
+        assert torch.equal(model(fixed).logits, logits), "the base was not bare between two events"
+    assert session.adapter.version > 10
+    session.discard()
+    assert base.fingerprint() == before
+    assert torch.equal(model(fixed).logits, logits)
+    assert [n for n, _ in model.named_modules()] == names
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_the_fingerprint_sees_a_single_bit() -> None:
+    base = tiny_base()
+    before = base.fingerprint()
+    weight = base.model.model.layers[1].mlp.down_proj.weight
+    weight.data.view(torch.int32)[3, 5] ^= 1
+    assert base.fingerprint() != before
+
+
+def test_a_fresh_adapter_and_a_learning_rate_of_zero_equal_the_base() -> None:
+    base = tiny_base()
+    session = base.session(seed=4, window=32, chunk=16, context=32, learning_rate=0.0)
+    for event in session.reading(PROSE, score_base=True):
+        assert isinstance(event, ChunkScored)
+        assert event.adapted_nll == pytest.approx(event.base_nll, abs=1e-4)
+    assert session.adapter.version == 0
+    ids = torch.arange(30).unsqueeze(0)
+    bare = base.model(ids).logits
+    with session.adapter.attached():
+        assert torch.equal(base.model(ids).logits, bare)
+    with session.adapter.decoding():
+        assert torch.equal(base.model(ids).logits, bare)
+
+
+def test_the_merged_copy_computes_what_the_side_path_does_and_leaves_when_it_should() -> None:
+    base = tiny_base()
+    session = base.session(seed=4, window=32, chunk=16, context=32, learning_rate=1e-2)
+    session.read(PROSE[:200])
+    ids = torch.arange(30).unsqueeze(0)
+    bare = base.model(ids).logits
+    with session.adapter.attached():
+        side = base.model(ids).logits
+        with session.adapter.decoding():
+            merged = base.model(ids).logits
+        assert torch.equal(base.model(ids).logits, side), "what stood there before did not come back"
+    assert torch.equal(base.model(ids).logits, bare)
+    assert not torch.allclose(side, bare, atol=1e-3)
+    assert torch.allclose(side, merged, atol=1e-4)
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, MemoryError])
+def test_a_learning_step_that_fails_leaves_everything_as_it_was(failure: type[BaseException]) -> None:
+    base = tiny_base()
+    session = base.session(seed=4, window=32, chunk=16, context=32, epochs=3, dropout=0.1)
+    session.read(PROSE[:100])
+    learner, adapter = session.learner, session.adapter
+    weights, version, state = adapter.snapshot(), adapter.version, copy.deepcopy(learner.state())
+    passes = 0
+
+    def fails_in_the_third_epoch() -> torch.Tensor:
+        nonlocal passes
+        passes += 1
+        if passes == 3:
+            raise failure("stop")
+        return base.nll(session.ids[:16], session.ids[1:17])
+
+    with pytest.raises(failure):
+        learner.learn(0, fails_in_the_third_epoch)
+    assert passes == 3
+    assert torch.equal(adapter.flat, weights)
+    assert adapter.version == version
+    after = learner.state()
+    assert str(after["optimizer"]["param_groups"]) == str(state["optimizer"]["param_groups"])
+    for index, old in state["optimizer"]["state"].items():
+        for key, value in old.items():
+            assert torch.equal(after["optimizer"]["state"][index][key], value), key
+    assert torch.equal(after["dropout"], state["dropout"])
+
+
+def test_a_saved_adapter_is_loaded_by_peft_with_the_same_logits(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    base = tiny_base()
+    session = base.session(seed=4, window=32, chunk=16, context=32, learning_rate=1e-2)
+    session.read(PROSE[:200])
+    session.adapter.save(tmp_path)
+    ids = torch.arange(30).unsqueeze(0)
+    with session.adapter.attached():
+        ours = base.model(ids).logits
+    theirs = PeftModel.from_pretrained(tiny_llama(), str(tmp_path))(ids).logits
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    other = tiny_base().session(seed=9, window=32, chunk=16, context=32)
+    other.adapter.load(tmp_path, version=12)
+    assert torch.equal(other.adapter.flat, session.adapter.flat)
+
+
+BASE = tiny_base()
+
+
+
+def session_after_learning(window: int, chunk: int, **changes: object) -> Session:
+    """A session whose adapter is not zero; its own text is not looked at."""
+    session = BASE.session(seed=1, window=window, chunk=chunk, context=min(window, 4), **changes)
+    with torch.no_grad():
+        session.adapter.flat.normal_(std=0.05, generator=torch.Generator().manual_seed(5))
+    session.adapter.updated()
+    return session
