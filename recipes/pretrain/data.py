@@ -74,7 +74,9 @@ def encode(documents: list[Document], tokenizer: Tokenizer) -> np.ndarray:
     return np.concatenate([np.asarray(p, np.uint16) for p in [*pieces, [boundary]]])
 
 
-def load_stream(data: Path, unseen: Sequence[str], tokenizer: Tokenizer, cache: Path, limit: float):
+def load_stream(
+    data: Path, unseen: Sequence[str], tokenizer: Tokenizer, cache: Path, limit: float
+) -> np.ndarray:
     """Return the encoded training stream, from `cache` when it is there.
 
     Args:
@@ -123,7 +125,8 @@ class Batches:
         group, inside = divmod(taken, group_tokens)
         starts = self._starts(group, window)
         first = inside // window
-        rows = [self.stream[s : s + window + 1] for s in starts[first : first + batch_tokens // window]]
+        chosen = starts[first : first + batch_tokens // window]
+        rows = [self.stream[start : start + window + 1] for start in chosen]
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 
     @property

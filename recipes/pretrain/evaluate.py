@@ -17,12 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from data import encode, read_documents
 from measure import LossCount, TextLengths
 from model import token_losses
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
-
-from data import encode, read_documents
 
 
 def windows(tokens: int, window: int, stride: int) -> list[tuple[int, int, int]]:

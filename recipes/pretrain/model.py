@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from config import PretrainConfig
+from data import BOUNDARY
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import (
@@ -15,8 +16,6 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
-
-from data import BOUNDARY
 
 LOSS_ROWS = 2048
 

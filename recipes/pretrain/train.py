@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from config import PretrainConfig, load_config
+from data import Batches, encode, load_stream, read_documents
 from measure import LossCount, TextLengths, sample_windows
 from model import build_model, export, token_losses
 from optim import Optimizers
 from tokenizers import Tokenizer
 from vocabulary import train_tokenizer
-from data import Batches, encode, load_stream, read_documents
 
 
 @dataclass(frozen=True)

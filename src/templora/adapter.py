@@ -6,6 +6,7 @@ fp32 tensor, so that a snapshot, a norm or an optimiser step is one operation.
 """
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -227,6 +228,19 @@ def _twin(layer: nn.Module) -> nn.Module:
     own["weight"] = nn.Parameter(torch.empty_like(layer.weight), requires_grad=False)  # pyright: ignore[reportArgumentType]
     twin._parameters = own  # pyright: ignore[reportPrivateUsage]
     return twin
+
+
+def _lower_blocks(model: PreTrainedModel, first_block: float) -> str | None:
+    """A pattern for the names of all modules in the blocks below that share; None if there are none."""
+    blocks = next(
+        ((name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0), None
+    )
+    if first_block == 0 or blocks is None:
+        return None
+    name, modules = blocks
+    lower = round(first_block * len(modules))
+    numbers = "|".join(str(number) for number in range(lower))
+    return rf"{re.escape(name)}\.({numbers})\..*" if lower else None
 
 
 def _inject(model: PreTrainedModel, config: LoraConfig, seed: int) -> list[_Site]:

@@ -67,6 +67,10 @@ class Base:
         """Token ids of a text, without special tokens."""
         return self.tokenizer.encode(text, add_special_tokens=False)  # pyright: ignore[reportReturnType]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
     @property
     def has_tokenizer(self) -> bool:
         """False for a base made from a bare model."""

@@ -63,7 +63,10 @@ class ChunkScored(Event):
 
 @dataclass(frozen=True, slots=True)
 class ChunkLearned(Event):
-    """One update of the adapter. version: that of the new adapter. gradient_norm: before clipping."""
+    """One update of the adapter. version: that of the new adapter. gradient_norm: before clipping.
+
+    share: how much of the update the guard kept, 1 for all of it.
+    """
 
     kind: ClassVar[str] = "chunk_learned"
     chunk: int
@@ -72,7 +75,32 @@ class ChunkLearned(Event):
     version: int
     learning_rate: float
     gradient_norm: float
+    share: float
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkSkipped(Event):
+    """The guard left a chunk unlearned. reason: "repetition", "noise" or "drift"."""
+
+    kind: ClassVar[str] = "chunk_skipped"
+    chunk: int
+    start: int
+    tokens: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RolledBack(Event):
+    """The guard went back to an earlier adapter version, and learns more slowly from here on.
+
+    rate: what learning rates are multiplied by from now on.
+    """
+
+    kind: ClassVar[str] = "rolled_back"
+    chunk: int
+    version: int
+    rate: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,4 +128,13 @@ class End(Event):
     adapted_perplexity: float | None
 
 
-EVENTS: tuple[type[Event], ...] = (Token, ChunkWritten, ChunkScored, ChunkLearned, Warned, End)
+EVENTS: tuple[type[Event], ...] = (
+    Token,
+    ChunkWritten,
+    ChunkScored,
+    ChunkLearned,
+    ChunkSkipped,
+    RolledBack,
+    Warned,
+    End,
+)

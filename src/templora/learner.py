@@ -15,14 +15,21 @@ from torch import Tensor
 from templora.adapter import Adapter
 from templora.recipe import Recipe
 
+SHORTEST = 5  # a step of a thousandth is the shortest that is tried
+
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What one update did. learning_rate: of A. gradient_norm: of the last step, before clipping."""
+    """What one update did.
+
+    learning_rate: of A. gradient_norm: of the last step, before clipping. share: how much of the update
+    was kept: 1 unless it had to be shortened, 0 if nothing of it helped.
+    """
 
     version: int
     learning_rate: float
     gradient_norm: float
+    share: float
 
 
 class NotFinite(ArithmeticError):
@@ -34,6 +41,13 @@ class Learner:
 
     def __init__(self, adapter: Adapter, recipe: Recipe, seed: int) -> None:
         self.adapter, self.recipe = adapter, recipe
+        self.restart()
+        # LoRA dropout draws from torch's global generator: each session lends it its own state.
+        self._dropout_state = torch.Generator().manual_seed(seed).get_state()
+
+    def restart(self) -> None:
+        """Forget all momentum, as when the weights were put back to an earlier version."""
+        adapter, recipe = self.adapter, self.recipe
         self.optimizer = torch.optim.AdamW(
             [{"params": [adapter.a]}, {"params": [adapter.b]}],
             betas=(recipe.beta1, recipe.beta2),
@@ -41,26 +55,31 @@ class Learner:
             weight_decay=recipe.weight_decay,
             fused=True,
         )
-        # LoRA dropout draws from torch's global generator: each session lends it its own state.
-        self._dropout_state = torch.Generator().manual_seed(seed).get_state()
 
     @property
     def one_pass(self) -> bool:
         """Whether the pass that scores a chunk can also be the first that is learned from."""
         return self.recipe.dropout == 0
 
-    def learn(self, chunk: int, nll: Callable[[], Tensor], first: Tensor | None = None) -> Update:
+    def learn(
+        self,
+        rate: float,
+        nll: Callable[[], Tensor],
+        first: Tensor | None = None,
+        helps: Callable[[], bool] | None = None,
+    ) -> Update:
         """All epochs on one chunk, by its mean NLL.
 
         Args:
-            chunk: its number, which sets the learning rate.
+            rate: learning rate of A.
             nll: makes a differentiable pass, [tokens] in nats, under the attached adapter.
             first: such a pass that was made already, used for the first epoch.
+            helps: looks at the updated adapter; while it says no, the update is cut to a quarter.
 
         Raises:
             NotFinite: after everything was put back.
         """
-        adapter, rate = self.adapter, self.recipe.rate_at(chunk)
+        adapter, share = self.adapter, 1.0
         weights, state, version = adapter.snapshot(), self.state(), adapter.version
         norm = 0.0
         try:
@@ -70,6 +89,8 @@ class Learner:
                 )
             if not bool(torch.isfinite(adapter.flat).all()):
                 raise NotFinite("the updated adapter is not finite")
+            if helps is not None:
+                share = self._shorten(weights, helps)
         except BaseException:
             adapter.restore(weights, version)
             self.load_state(state)
@@ -77,7 +98,7 @@ class Learner:
         finally:
             adapter.gradient.zero_()
         adapter.updated()
-        return Update(adapter.version, rate, norm)
+        return Update(adapter.version, rate, norm, share)
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed session needs besides the adapter's weights."""
@@ -88,6 +109,18 @@ class Learner:
         """Continue from what `state` returned."""
         self.optimizer.load_state_dict(state["optimizer"])
         self._dropout_state = state["dropout"].clone()
+
+    @torch.no_grad()
+    def _shorten(self, before: Tensor, helps: Callable[[], bool]) -> float:
+        """Keep as much of the update as helps: all, a quarter, … down to 4^-SHORTEST, or nothing."""
+        flat, step = self.adapter.flat, self.adapter.flat - before
+        for power in range(SHORTEST + 1):
+            share = 0.25**power
+            torch.add(before, step, alpha=share, out=flat)
+            if helps():
+                return share
+        flat.copy_(before)
+        return 0.0
 
     def _pass(self, nll: Callable[[], Tensor]) -> Tensor:
         with self.adapter.attached(training=True), torch.enable_grad():

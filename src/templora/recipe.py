@@ -43,6 +43,9 @@ class Recipe(BaseModel):
     dropout: Fraction = Field(description="LoRA dropout while learning")
     rslora: bool = Field(description="scale by alpha / sqrt(rank) instead")
     targets: str | tuple[str, ...] = Field(description='"all-linear" or module names')
+    first_block: Fraction = Field(
+        description="the adapter starts at this share of the base's blocks: 0 all, 0.5 the upper half"
+    )
     learning_rate: NonNegative = Field(description="AdamW's rate for A; 0 switches learning off")
     b_rate: Positive = Field(description="B's rate as a multiple of A's (LoRA+)")
     beta1: Fraction
@@ -60,8 +63,14 @@ class Recipe(BaseModel):
     cache: Literal["recompute", "reuse"] = Field(
         description="keys and values after an update: recompute them, or reuse the old adapter's"
     )
+    guard: bool = Field(description="watch each update; skip what harms, roll back what did")
     # Sizes the user named: never shrunk to fit a base. Not a hyper-parameter, so not in the YAML.
     fixed: frozenset[str] = Field(frozenset(), exclude=True, repr=False)
+
+    @property
+    def context_equals_window(self) -> bool:
+        """Whether the pass that scores a chunk sees what the pass that learns it sees."""
+        return self.context == self.window
 
     def rate_at(self, chunk: int) -> float:
         """Learning rate of A on the chunk of that number (from 0), warm-up and decay applied."""

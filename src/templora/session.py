@@ -8,12 +8,11 @@ import io
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import LogitsProcessorList
 
 from templora.adapter import Adapter
@@ -21,13 +20,15 @@ from templora.base import Base
 from templora.decoder import Decoder
 from templora.detokenizer import Detokenizer
 from templora.errors import InvalidText, OutOfMemory, SessionClosed
-from templora.events import ChunkLearned, ChunkScored, ChunkWritten, End, Event, Token, Warned
-from templora.learner import Learner, NotFinite, Update
+from templora.events import ChunkScored, ChunkWritten, End, Event, Token, Warned
+from templora.learner import Learner
 from templora.metrics import Tally
+from templora.passes import Passes
 from templora.recipe import SIZES, Recipe
 from templora.recipe import load as load_recipe
 from templora.sampling import Sampler, Sampling
-from templora.window import Span, fit
+from templora.study import Study
+from templora.window import fit
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,19 +56,22 @@ class Session:
         **overrides: Any,
     ) -> None:
         self.base, self.seed = base, seed
-        self.recipe = load_recipe(recipe, overrides)
-        sizes = {name: getattr(self.recipe, name) for name in SIZES}
-        self.plan = fit(**sizes, positions=base.positions, fixed=self.recipe.fixed)
+        wished = load_recipe(recipe, overrides)
+        sizes = {name: getattr(wished, name) for name in SIZES}
+        self.plan = fit(**sizes, positions=base.positions, fixed=wished.fixed)
+        self.recipe = wished.model_copy(update={name: getattr(self.plan, name) for name in SIZES})
         self.adapter = Adapter(base.model, self.recipe, seed)
         self.learner = Learner(self.adapter, self.recipe, seed)
         self.decoder = Decoder(base, self.adapter, self.plan, reuse=self.recipe.cache == "reuse")
+        self.passes = Passes(base, self.decoder, self.recipe)
+        self.study = Study(self.passes, self.learner, self.recipe)
         self.sampler = Sampler(seed)
         self.ids: list[int] = []
         self.chunk = 0
         self._written = 0  # tokens of the current chunk that the model wrote itself
         self._text = io.StringIO()
         self._closed = False
-        self._to_announce = self._fitting()
+        self._to_announce = self._fitting(wished)
 
     @property
     def text(self) -> str:
@@ -95,8 +99,25 @@ class Session:
         if not text:
             raise InvalidText("the text is empty; give at least one character")
         self.extend(self.base.encode(text), text)
+        yield from self.learning(score_base=score_base)
+
+    def learning(self, *, score_base: bool = False) -> Iterator[Event]:
+        """Score and learn every chunk that is full."""
         yield from self._announcements()
         yield from self._finish_full_chunks(score_base)
+
+    def score_rest(self, *, score_base: bool = False) -> Iterator[Event]:
+        """Score what does not fill a chunk, without learning it: the end of a text."""
+        full = self.plan.span(self.chunk)
+        span = replace(full, stop=min(full.stop, len(self.ids)))
+        if span.tokens < 1:
+            return
+        with self._memory():
+            base_nll = self.passes.base_nll(self.ids, span) if score_base else None
+            with torch.no_grad(), self.adapter.attached():
+                nll = float(self.passes.nll(self.ids, span, self.plan.window).sum())
+        self.decoder.forget()  # the pass above cached keys of a chunk that is still to be learned
+        yield ChunkScored(span.chunk, span.start, span.tokens, nll, base_nll)
 
     def extend(self, ids: Sequence[int], text: str) -> None:
         """Append given tokens and their text without learning yet; any loop learns them first."""
@@ -198,73 +219,22 @@ class Session:
         clock = time.perf_counter() if clock is None else clock
         while len(self.ids) >= (span := self.plan.span(self.chunk)).stop:
             written, seconds = self._written, time.perf_counter() - clock
-            events = self._finish(span, score_base)
+            with self._memory():
+                events = self.study.finish(self.ids, span, written, score_base=score_base)
+            self.chunk, self._written = self.chunk + 1, 0
             if written:
                 yield ChunkWritten(span.chunk, span.start, span.tokens, written, seconds)
             yield from events
-
-    def _finish(self, span: Span, score_base: bool) -> list[Event]:
-        """Score and learn one full chunk; no event leaves before both are done."""
-        with self._memory():
-            base_nll = self._base_nll(span) if score_base else None
-            started = time.perf_counter()
-            score, outcome = self._score_and_learn(span)
-        self.chunk, self._written = self.chunk + 1, 0
-        place = (span.chunk, span.start, span.tokens)
-        events: list[Event] = [ChunkScored(*place, score, base_nll)]
-        if isinstance(outcome, Update):
-            seconds = time.perf_counter() - started
-            rate, norm = outcome.learning_rate, outcome.gradient_norm
-            events.append(ChunkLearned(*place, outcome.version, rate, norm, seconds))
-        elif outcome is not None:
-            message = f"chunk {span.chunk} was not learned: {outcome}; the update was dropped, the text goes on"
-            events.append(Warned("not_finite", message))
-        return events
-
-    def _score_and_learn(self, span: Span) -> tuple[float, Update | NotFinite | None]:
-        """The chunk's summed NLL under the adapter as it stands, and what learning it came to."""
-        learns, plan = self.recipe.learning_rate > 0, self.plan
-        one_pass = learns and self.learner.one_pass and plan.context == plan.window
-        with self.adapter.attached(), torch.set_grad_enabled(one_pass):
-            first = self._nll(span, plan.window)
-        score = float(first.detach().sum())
-        if not learns:
-            return score, None
-        try:
-            update = self.learner.learn(
-                span.chunk, lambda: self._nll(span, plan.context), first if one_pass else None
-            )
-        except NotFinite as error:
-            return score, error
-        return score, update
-
-    def _nll(self, span: Span, context: int) -> Tensor:
-        """NLL of the chunk's tokens, [tokens], seeing `context` tokens before it. Gradients flow."""
-        labels = self.ids[span.start : span.stop]
-        if self.recipe.context_from == "recompute":
-            first = max(0, span.start - context)
-            return self.base.nll(self.ids[first : span.stop - 1], labels, 0)
-        prefix, position = self.decoder.prefix(self.ids, span, context)
-        nll = self.base.nll(self.ids[span.start - 1 : span.stop - 1], labels, position, prefix)
-        self.decoder.keep(prefix, span)
-        return nll
-
-    def _base_nll(self, span: Span) -> float:
-        with torch.no_grad():
-            labels = self.ids[span.start : span.stop]
-            return float(self.base.nll(self.ids[span.visible : span.stop - 1], labels).sum())
 
     def _announcements(self) -> Iterator[Event]:
         announced, self._to_announce = self._to_announce, []
         yield from announced
 
-    def _fitting(self) -> list[Event]:
-        changed = [n for n in sorted(SIZES) if getattr(self.plan, n) != getattr(self.recipe, n)]
+    def _fitting(self, wished: Recipe) -> list[Event]:
+        changed = [n for n in sorted(SIZES) if getattr(self.recipe, n) != getattr(wished, n)]
         if not changed:
             return []
-        sizes = ", ".join(
-            f"{n} {getattr(self.recipe, n)} → {getattr(self.plan, n)}" for n in changed
-        )
+        sizes = ", ".join(f"{n} {getattr(wished, n)} → {getattr(self.recipe, n)}" for n in changed)
         return [Warned("fitted", f"this base has {self.base.positions} positions: {sizes}")]
 
     def _check_open(self) -> None:

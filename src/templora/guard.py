@@ -1,0 +1,119 @@
+"""Whether to learn a chunk, whether an update helped, and when to go back: a policy over plain numbers.
+
+It sees NLLs and token ids and answers; it knows nothing of tensors, and it never changes anything itself.
+Four ways to go wrong, four rules:
+
+1. A chunk that is not like its text (noise) is left out, unless it goes on so long that it is the text.
+2. A chunk that repeats itself is left out: learned, a loop becomes permanent (arXiv 2206.02369).
+3. The model's own text is learned only while the adapter stays close to the base. Own tokens are drawn from
+   the adapter, so base NLL minus adapted NLL on them estimates KL(adapter || base).
+4. An adapter that does worse than the base on text it had not learned goes back to its last good version.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+HISTORY = 32  # chunks that say what is usual for this text
+ENOUGH = 8  # of them, before anything counts as unusual
+UNUSUAL = 4.0  # standard deviations above the usual NLL
+LEAST_SPREAD = 0.25  # nats per token: a text calmer than this has no outliers below one nat
+LONGEST_NOISE = 16_384  # tokens: what goes on for longer is not noise but the text
+LOOK_BACK = 256  # tokens in which repetition is sought
+LEAST_DISTINCT = 0.5  # share of 4-grams that differ; prose has above 0.9
+OWN_DRIFT = 0.3  # nats per token that own text may move the adapter from the base
+TOLERANCE = 0.02  # nats per token that the adapter may be worse than the base over RECENT chunks
+CATASTROPHE = 0.5  # nats per token on one chunk: do not wait for more evidence
+RECENT = 4
+SHADOW_EVERY = 8  # chunks between two looks at the base where nobody else asks for its score
+CHECK_FIRST, CHECK_EVERY = 8, 8  # updates that are checked: the first ones, then every so many
+
+
+@dataclass(slots=True)
+class Guard:
+    """The watch over one text's adapter.
+
+    usual: adapted NLL per token of chunks that were learned. regret: adapted minus base NLL per token of
+    chunks scored since the last roll-back. skipped: tokens left out as noise in a row. allowed: how far from
+    the base own text may move the adapter; what given text has taught it widens this.
+    """
+
+    usual: deque[float] = field(default_factory=lambda: deque[float](maxlen=HISTORY))
+    regret: deque[float] = field(default_factory=lambda: deque[float](maxlen=RECENT))
+    skipped: int = 0
+    allowed: float = OWN_DRIFT
+    rate: float = 1.0
+
+    def wants_base(self, chunk: int, written: int) -> bool:
+        """Whether the base's score of this chunk is needed to judge it."""
+        return written > 0 or chunk % SHADOW_EVERY == 0
+
+    def reason_to_skip(
+        self, ids: Sequence[int], tokens: int, adapted: float, base: float | None, written: int
+    ) -> str | None:
+        """Why this chunk should not be learned; None if it should.
+
+        Args:
+            ids: the text up to the end of the chunk. tokens: in the chunk. adapted, base: NLL per token.
+            written: how many of the chunk's tokens the model wrote itself.
+        """
+        if distinct_4(ids[-max(tokens, LOOK_BACK) :]) < LEAST_DISTINCT:
+            return "repetition"
+        if self._is_noise(adapted) and self.skipped < LONGEST_NOISE:
+            self.skipped += tokens
+            return "noise"
+        self.skipped = 0
+        self.usual.append(adapted)
+        if base is not None:
+            gain = base - adapted
+            if 2 * written > tokens:
+                return "drift" if gain > self.allowed else None
+            self.allowed = max(self.allowed, gain + OWN_DRIFT)
+        return None
+
+    def must_go_back(self, adapted: float, base: float) -> bool:
+        """Note a chunk's NLL per token under both; whether the adapter has been doing harm."""
+        self.regret.append(adapted - base)
+        harm = sum(self.regret) / len(self.regret)
+        if self.regret[-1] > CATASTROPHE or (len(self.regret) == RECENT and harm > TOLERANCE):
+            self.regret.clear()
+            self.rate /= 2
+            return True
+        return False
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the adapter has lately been worth keeping as the version to go back to."""
+        return len(self.regret) == RECENT and max(self.regret) <= 0
+
+    def checks(self, update: int) -> bool:
+        """Whether this update (from 0) should be tried on learned text before it is kept."""
+        return update < CHECK_FIRST or update % CHECK_EVERY == 0
+
+    def state(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        lists = {"usual": list(self.usual), "regret": list(self.regret)}
+        return {**lists, "skipped": self.skipped, "allowed": self.allowed, "rate": self.rate}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` returned."""
+        self.usual = deque(state["usual"], maxlen=HISTORY)
+        self.regret = deque(state["regret"], maxlen=RECENT)
+        self.skipped, self.allowed, self.rate = state["skipped"], state["allowed"], state["rate"]
+
+    def _is_noise(self, adapted: float) -> bool:
+        if not adapted < float("inf"):
+            return True
+        if len(self.usual) < ENOUGH:
+            return False
+        mean = sum(self.usual) / len(self.usual)
+        spread = (sum((x - mean) ** 2 for x in self.usual) / len(self.usual)) ** 0.5
+        return adapted > mean + UNUSUAL * max(spread, LEAST_SPREAD)
+
+
+def distinct_4(ids: Sequence[int]) -> float:
+    """Share of 4-grams that differ, 1.0 for a text without repetition or shorter than four tokens."""
+    grams = list(zip(*(islice(ids, start, None) for start in range(4)), strict=False))
+    return len(set(grams)) / len(grams) if grams else 1.0

@@ -1,0 +1,49 @@
+"""The passes over one chunk: scored or learned under the adapter, and under the bare base.
+
+What is visible is the plan's business, what is cached the decoder's; this joins them.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from templora.base import Base
+from templora.decoder import Decoder
+from templora.recipe import Recipe
+from templora.window import Span
+
+
+class Passes:
+    """Forward passes over the chunks of one text."""
+
+    def __init__(self, base: Base, decoder: Decoder, recipe: Recipe) -> None:
+        self.base, self.decoder = base, decoder
+        self.window = decoder.plan.window
+        self._recompute = recipe.context_from == "recompute"
+
+    def nll(self, ids: Sequence[int], span: Span, context: int) -> Tensor:
+        """NLL of the chunk's tokens, [tokens] in nats, seeing `context` tokens before it.
+
+        The adapter must be attached; gradients flow unless switched off. The context's keys come from the
+        cache, or, as in the paper, the context runs along and gets gradients too.
+        """
+        labels = ids[span.start : span.stop]
+        if self._recompute:
+            first = max(0, span.start - context)
+            return self.base.nll(ids[first : span.stop - 1], labels)
+        prefix, position = self.decoder.prefix(ids, span, context)
+        nll = self.base.nll(ids[span.start - 1 : span.stop - 1], labels, position, prefix)
+        self.decoder.keep(prefix, span)
+        return nll
+
+    @torch.no_grad()
+    def again(self, ids: Sequence[int], span: Span) -> float:
+        """Summed NLL of a chunk that was scored before, seeing the same window; nothing is cached."""
+        with self.decoder.adapter.attached():
+            return float(self.base.nll(ids[span.visible : span.stop - 1], ids[span.start : span.stop]).sum())
+
+    @torch.no_grad()
+    def base_nll(self, ids: Sequence[int], span: Span) -> float:
+        """Summed NLL of the chunk's tokens in nats under the bare base, seeing the window."""
+        return float(self.base.nll(ids[span.visible : span.stop - 1], ids[span.start : span.stop]).sum())

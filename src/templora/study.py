@@ -1,0 +1,117 @@
+"""One full chunk from score to update, under the guard's eyes.
+
+Order matters: a chunk is scored before anything is learned from it, judged before it is learned, and the
+update is tried on what was learned before it is kept. It knows chunks, not how a text came about.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from templora.adapter import Adapter
+from templora.events import ChunkLearned, ChunkScored, ChunkSkipped, Event, RolledBack, Warned
+from templora.guard import Guard
+from templora.learner import Learner, NotFinite
+from templora.passes import Passes
+from templora.recipe import Recipe
+from templora.window import Span
+
+# Nats per token by which an update may leave its own or the last chunk worse than before it was learned.
+SLACK = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class _Good:
+    """The version to go back to."""
+
+    weights: Tensor
+    version: int
+
+
+class Study:
+    """Scores and learns the chunks of one text, one after another."""
+
+    def __init__(self, passes: Passes, learner: Learner, recipe: Recipe) -> None:
+        self.passes, self.learner, self.recipe = passes, learner, recipe
+        self.adapter: Adapter = learner.adapter
+        self.guard = Guard()
+        self._good = _Good(self.adapter.snapshot(), self.adapter.version)
+        self._last: tuple[Span, float] | None = None  # the chunk learned last, its NLL before that
+
+    def finish(
+        self, ids: Sequence[int], span: Span, written: int, *, score_base: bool = False
+    ) -> list[Event]:
+        """Score the chunk, then learn it if the guard agrees.
+
+        Args:
+            ids: the text; the chunk of `span` is complete. written: tokens of it that are the model's own.
+            score_base: whether the event must carry the base's score.
+        """
+        learns, guarded = self.recipe.learning_rate > 0, self.recipe.guard
+        one_pass = learns and self.learner.one_pass and self.recipe.context_equals_window
+        started = time.perf_counter()
+        with self.adapter.attached(), torch.set_grad_enabled(one_pass):
+            first = self.passes.nll(ids, span, self.passes.window)
+        adapted, base = float(first.detach().sum()), None
+        # Where that pass is also the first of learning, its time counts as learning.
+        spent = time.perf_counter() - started if one_pass else 0.0
+        if score_base or (guarded and learns and self.guard.wants_base(span.chunk, written)):
+            base = self.passes.base_nll(ids, span)
+        place = (span.chunk, span.start, span.tokens)
+        events: list[Event] = [ChunkScored(*place, adapted, base)]
+        if not learns:
+            return events
+        if guarded:
+            if (back := self._go_back(span, adapted, base)) is not None:
+                return [*events, back]
+            per_token = (adapted / span.tokens, None if base is None else base / span.tokens)
+            reason = self.guard.reason_to_skip(ids[: span.stop], span.tokens, *per_token, written)
+            if reason is not None:
+                return [*events, ChunkSkipped(*place, reason)]
+        started = time.perf_counter() - spent
+        return [*events, self._learn(ids, span, adapted, first if one_pass else None, started)]
+
+    def _learn(
+        self, ids: Sequence[int], span: Span, score: float, first: Tensor | None, started: float
+    ) -> Event:
+        rate = self.recipe.rate_at(span.chunk) * self.guard.rate
+        checked = self.recipe.guard and self.guard.checks(self.adapter.version)
+        try:
+            update = self.learner.learn(
+                rate,
+                lambda: self.passes.nll(ids, span, self.recipe.context),
+                first,
+                (lambda: self._helps(ids, span, score)) if checked else None,
+            )
+        except NotFinite as error:
+            message = f"chunk {span.chunk} was not learned: {error}; the update was dropped, the text goes on"
+            return Warned("not_finite", message)
+        if update.share < 1:
+            self.guard.rate *= max(update.share, 0.25)
+        self._last = (span, score)
+        seconds = time.perf_counter() - started
+        numbers = (update.version, update.learning_rate, update.gradient_norm, update.share, seconds)
+        return ChunkLearned(span.chunk, span.start, span.tokens, *numbers)
+
+    def _helps(self, ids: Sequence[int], span: Span, score: float) -> bool:
+        """Whether the updated adapter does no worse on this chunk, and on the one before, than unlearned."""
+        learned = [(span, score)] + ([self._last] if self._last else [])
+        return all(
+            self.passes.again(ids, chunk) <= before + SLACK * chunk.tokens for chunk, before in learned
+        )
+
+    def _go_back(self, span: Span, adapted: float, base: float | None) -> RolledBack | None:
+        """Restore the last good version if the adapter does harm; remember this one if it does well."""
+        if base is None or self.adapter.version == 0:
+            return None
+        if self.guard.must_go_back(adapted / span.tokens, base / span.tokens):
+            self.learner.restart()
+            self.adapter.restore(self._good.weights, self._good.version)
+            self._last = None
+            return RolledBack(span.chunk, self.adapter.version, self.guard.rate)
+        if self.guard.is_good:
+            self._good = _Good(self.adapter.snapshot(), self.adapter.version)
+        return None

@@ -1,0 +1,1 @@
+"""What is done with a text: each task is a generator of events over a session."""
