@@ -20,14 +20,22 @@ def chunk_nll(model: torch.nn.Module, ids: list[int], start: int, stop: int, con
 
 
 def run(
-    model: PreTrainedModel, ids: list[int], chunk: int, context: int, *, seed: int, adapter_from: dict[str, Tensor]
+    model: PreTrainedModel,
+    ids: list[int],
+    chunk: int,
+    context: int,
+    *,
+    seed: int,
+    adapter_from: dict[str, Tensor],
 ) -> list[float]:
     """Score, then learn, each full chunk with the authors' settings; the summed NLL of each.
 
     adapter_from: the A matrices to start from, since two libraries draw them in different orders.
     """
     torch.manual_seed(seed)
-    config = LoraConfig(r=64, lora_alpha=64, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=64, lora_alpha=64, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     adapted = get_peft_model(model, config)
     for name, parameter in adapted.named_parameters():
         if "lora_A" in name:

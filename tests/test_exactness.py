@@ -38,7 +38,11 @@ def test_the_paper_recipe_gives_the_nll_of_a_plain_loop(name: str, tmp_path: Pat
     bare = copy.deepcopy(base.model)
     # A rate a thousand times the paper's would drown a mistake in noise; the paper's own hides it, so
     # the loop must run long enough for the adapter to matter: its effect is asserted below.
-    sizes = {"window": 32, "chunk": 32, "context": 32} if name == "tiny" else {"window": 48, "chunk": 32, "context": 48}
+    sizes = (
+        {"window": 32, "chunk": 32, "context": 32}
+        if name == "tiny"
+        else {"window": 48, "chunk": 32, "context": 48}
+    )
     session = base.session("paper", seed=3, dropout=0.0, **sizes)
     session.adapter.save(tmp_path)
     start = load_file(tmp_path / "adapter_model.safetensors")
@@ -55,13 +59,16 @@ def test_a_context_from_the_cache_scores_as_a_recomputed_one() -> None:
     base = tiny_base()
     kept = scores(base.session(seed=1, window=48, chunk=16, context=48, learning_rate=0.0), PROSE)
     fresh = scores(
-        base.session(seed=1, window=48, chunk=16, context=48, learning_rate=0.0, context_from="recompute"), PROSE
+        base.session(seed=1, window=48, chunk=16, context=48, learning_rate=0.0, context_from="recompute"),
+        PROSE,
     )
     assert kept == pytest.approx(fresh, abs=1e-3)
 
 
 @settings(max_examples=20)
-@given(window=st.integers(1, 60), chunk=st.integers(1, 40), number=st.integers(1, 4), written=st.integers(0, 39))
+@given(
+    window=st.integers(1, 60), chunk=st.integers(1, 40), number=st.integers(1, 4), written=st.integers(0, 39)
+)
 def test_the_token_just_outside_the_window_changes_no_logit_and_the_one_just_inside_does(
     window: int, chunk: int, number: int, written: int
 ) -> None:
@@ -97,17 +104,17 @@ def test_under_reuse_no_key_older_than_the_window_is_attended_to(window: int, ch
 def test_under_reuse_old_keys_are_used_until_positions_run_out() -> None:
     base = tiny_base()
     session = base.session(seed=1, window=32, chunk=8, context=32, cache="reuse", learning_rate=0.5)
-    origins: list[int] = []
-    for event in session.reading(PROSE):
-        if isinstance(event, ChunkScored):
-            origins.append(session.decoder.cache.origin)
+    scored = (event for event in session.reading(PROSE) if isinstance(event, ChunkScored))
+    origins = [session.decoder.cache.origin for _ in scored]
     assert len(set(origins)) < len(origins) / 4, "the window was recomputed at each chunk"
     assert len(set(origins)) > 2, "positions never started again"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recipe", ["default", "paper"])
-def test_the_base_is_bit_identical_after_writing_reading_and_discarding(dtype: torch.dtype, recipe: str) -> None:
+def test_the_base_is_bit_identical_after_writing_reading_and_discarding(
+    dtype: torch.dtype, recipe: str
+) -> None:
     model = tiny_llama().to(dtype)
     base = templora.load(model=model, tokenizer=ByteTokenizer())
     fixed = torch.arange(40).unsqueeze(0)
@@ -210,7 +217,6 @@ def test_a_saved_adapter_is_loaded_by_peft_with_the_same_logits(tmp_path: Path) 
 
 
 BASE = tiny_base()
-
 
 
 def session_after_learning(window: int, chunk: int, **changes: object) -> Session:

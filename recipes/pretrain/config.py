@@ -34,8 +34,8 @@ class Stage(BaseModel):
 class PretrainConfig(BaseModel):
     """A whole run. Rates are peak rates; shares are of the run's length.
 
-    `minutes` ends a run by wall clock: progress is the larger of the token share and the time share,
-    so the rate always decays to its end. A run with `minutes` resumes, but not to the same losses.
+    `minutes` ends a run by wall clock: progress is the larger of the token share and the time
+    share, so the rate always decays to its end. Such a run resumes, but not to the same losses.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -63,15 +63,16 @@ def drop_overlapping(
 
 
 def encode(documents: list[Document], tokenizer: Tokenizer) -> np.ndarray:
-    """Encode documents into one stream of token ids (uint16), a boundary before each and at the end."""
+    """Encode documents into one uint16 stream, a boundary before each and one at the end."""
     boundary = tokenizer.token_to_id(BOUNDARY)
     if tokenizer.get_vocab_size() > 2**16:
         raise ValueError("the token cache is uint16: at most 65,536 tokens of vocabulary")
-    pieces: list[list[int]] = []
+    edge = np.array([boundary], np.uint16)
+    pieces = [edge]
     for document in documents:
         ids = tokenizer.encode(document.text, add_special_tokens=False).ids
-        pieces += [[boundary], ids]
-    return np.concatenate([np.asarray(p, np.uint16) for p in [*pieces, [boundary]]])
+        pieces += [np.array(ids, np.uint16), edge]
+    return np.concatenate(pieces)
 
 
 def load_stream(
@@ -114,7 +115,7 @@ class Batches:
     seed: int
 
     def take(self, taken: int, batch_tokens: int, window: int) -> torch.Tensor:
-        """Return the next batch, `[batch_tokens / window, window + 1]`, inputs and targets overlapping.
+        """Return the next batch, `[batch_tokens / window, window + 1]`: inputs and the last target.
 
         Args:
             taken: tokens taken before, a multiple of `batch_tokens`.

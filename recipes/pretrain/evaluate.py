@@ -2,10 +2,10 @@
 
     python recipes/pretrain/evaluate.py src/templora/models/novelist --data ../shared/data
 
-Protocol: each novel apart, the boundary token first, texts as they are. Windows of 2,048 tokens, the
-next one 1,024 later; each token is scored once, in the first window that holds it, so that past a
-novel's first window every token sees at least 1,024 tokens before it. fp32 arithmetic. The loss by
-position counts every position of every full window, so all bins hold nearly the same tokens.
+Protocol: each novel apart, the boundary token first, texts as they are. Windows of 2,048 tokens,
+each beginning 1,024 after the last; a token is scored once, in the first window that holds it, so
+that past a novel's first window every token sees at least 1,024 tokens before it. fp32 arithmetic.
+The loss by position counts every position of every full window, each bin over a whole novel.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from data import encode, read_documents
 from measure import LossCount, TextLengths
 from model import token_losses
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import LlamaForCausalLM
 
 
 def windows(tokens: int, window: int, stride: int) -> list[tuple[int, int, int]]:
@@ -44,7 +44,7 @@ def windows(tokens: int, window: int, stride: int) -> list[tuple[int, int, int]]
 
 
 @torch.no_grad()
-def score_novel(model, stream: np.ndarray, window: int, count: LossCount) -> None:
+def score_novel(model: LlamaForCausalLM, stream: np.ndarray, window: int, count: LossCount) -> None:
     """Add one novel's losses to `count`; `stream` begins with the boundary token."""
     ids = torch.from_numpy(stream.astype(np.int64)).to(model.device)
     for start, first, end in windows(len(ids) - 1, window, window // 2):
@@ -64,7 +64,7 @@ def main() -> None:
     args = parser.parse_args()
     started = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
+    model = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
     count = LossCount(TextLengths.of(tokenizer))
     for document in read_documents(args.data / "novels.dev.jsonl.xz"):

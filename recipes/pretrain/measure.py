@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ class TextLengths:
 
 @dataclass
 class LossCount:
-    """Sums of loss, tokens, bytes and characters, and of loss by position; divided only to report."""
+    """Sums of loss, tokens and text, and of loss by position; divided only to report."""
 
     lengths: TextLengths
     nats: float = 0.0
@@ -67,7 +68,7 @@ class LossCount:
 
     def add_positions(self, losses: Tensor) -> None:
         """Count `[rows, window]` losses by their position in the window."""
-        for index, (start, end) in enumerate(zip(BINS, BINS[1:], strict=False)):
+        for index, (start, end) in enumerate(pairwise(BINS)):
             part = losses[:, start:end]
             self.bin_nats[index] += float(part.double().sum())
             self.bin_tokens[index] += part.numel()
@@ -82,15 +83,14 @@ class LossCount:
             "bits_per_character": round(bits / max(self.characters, 1), 4),
             "nats_by_position": {
                 f"{start}-{end}": round(nats / tokens, 4)
-                for start, end, nats, tokens in zip(
-                    BINS, BINS[1:], self.bin_nats, self.bin_tokens, strict=False
+                for (start, end), nats, tokens in zip(
+                    pairwise(BINS), self.bin_nats, self.bin_tokens, strict=True
                 )
                 if tokens
             },
         }
 
 
-@torch.no_grad()
 def sample_windows(stream: np.ndarray, window: int, count: int) -> Tensor:
     """Return `count` windows spread evenly over a stream, `[count, window + 1]`."""
     starts = np.linspace(0, len(stream) - window - 1, count).astype(int)

@@ -1,4 +1,4 @@
-"""The base's model: a plain Llama, from scratch or from a folder, and its way back into a folder."""
+"""The base's model: a plain Llama, from scratch or from a folder, and back into a folder."""
 
 from __future__ import annotations
 

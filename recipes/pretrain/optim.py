@@ -12,7 +12,7 @@ class Optimizers:
 
     def __init__(self, model: nn.Module, config: PretrainConfig) -> None:
         named = list(model.named_parameters())
-        # The tied embedding is a table of rows, not a linear map: orthogonal updates do not suit it.
+        # The tied embedding is a table of rows, not a map: orthogonal updates do not suit it.
         matrices = [p for n, p in named if p.ndim == 2 and "embed_tokens" not in n]
         chosen = {id(p) for p in matrices}
         others = [p for _, p in named if id(p) not in chosen]

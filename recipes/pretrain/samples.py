@@ -2,10 +2,10 @@
 
     python recipes/pretrain/samples.py src/templora/models/novelist --data ../shared/data
 
-For each setting: distinct-3 (distinct word triples / word triples of one sample) and repetition (share
-of word 4-grams that the sample had before), means over the samples; the same on excerpts of the dev
-novels stand beside them: the setting to choose is near the novels, not the one with the least
-repetition. `--show N` prints N samples a setting.
+For each setting: distinct-3 (distinct word triples / word triples of one sample) and repetition
+(share of word 4-grams that the sample had before), means over the samples. The same on excerpts of
+the dev novels stands beside them: the setting to choose is near the novels, not the one with the
+least repetition. `--show N` prints N samples a setting.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from data import read_documents
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 SAMPLES, TOKENS = 20, 300
 OPENINGS = (
@@ -55,7 +55,7 @@ def measure(texts: list[str]) -> dict[str, float]:
     }
 
 
-def excerpts(path: Path, tokenizer) -> list[str]:
+def excerpts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return 20 excerpts of 300 tokens from the dev novels, from the middle parts of the books."""
     documents = read_documents(path)
     found = []
@@ -68,7 +68,9 @@ def excerpts(path: Path, tokenizer) -> list[str]:
 
 
 @torch.no_grad()
-def generate(model, tokenizer, **setting: float) -> list[str]:
+def generate(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, **setting: float
+) -> list[str]:
     """Return 20 samples, the openings not included, from seed 0."""
     texts = []
     torch.manual_seed(0)
@@ -95,7 +97,7 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=0)
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    model = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     novels = excerpts(args.data / "novels.dev.jsonl.xz", tokenizer)
     print(json.dumps({"setting": "dev novels", **measure(novels)}), flush=True)
     for temperature, top_p, min_p, penalty in itertools.product(

@@ -24,6 +24,7 @@ from measure import LossCount, TextLengths, sample_windows
 from model import build_model, export, token_losses
 from optim import Optimizers
 from tokenizers import Tokenizer
+from transformers import LlamaForCausalLM
 from vocabulary import train_tokenizer
 
 
@@ -74,7 +75,7 @@ def prepare(config: PretrainConfig, data: Path, out: Path) -> Run:
 
 
 @torch.no_grad()
-def evaluate(run: Run, model, window: int) -> dict:
+def evaluate(run: Run, model: LlamaForCausalLM, window: int) -> dict:
     """Return the loss on windows spread over the dev novels (a sample: see evaluate.py for all)."""
     count = LossCount(TextLengths.of(run.tokenizer))
     blocks = run.config.evaluate_blocks
@@ -86,7 +87,9 @@ def evaluate(run: Run, model, window: int) -> dict:
     return count.report()
 
 
-def save_checkpoint(run: Run, model, optimizers: Optimizers, progress: Progress) -> None:
+def save_checkpoint(
+    run: Run, model: LlamaForCausalLM, optimizers: Optimizers, progress: Progress
+) -> None:
     """Write everything a resumed run needs, and the model so far as a Hugging Face folder.
 
     A kill half-way leaves the last checkpoint whole.
@@ -101,7 +104,7 @@ def save_checkpoint(run: Run, model, optimizers: Optimizers, progress: Progress)
     export(model, run.tokenizer, run.out / "export", run.config.shard_megabytes)
 
 
-def load_checkpoint(run: Run, model, optimizers: Optimizers) -> Progress:
+def load_checkpoint(run: Run, model: LlamaForCausalLM, optimizers: Optimizers) -> Progress:
     """Take over the run folder's checkpoint, if there is one."""
     path = run.out / "checkpoint.pt"
     if not path.exists():

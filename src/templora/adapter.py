@@ -7,7 +7,7 @@ fp32 tensor, so that a snapshot, a norm or an optimiser step is one operation.
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from peft import LoraConfig
 from peft.functional import get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -68,9 +69,8 @@ class Adapter:
             lora_alpha=recipe.alpha,  # pyright: ignore[reportArgumentType]
             lora_dropout=recipe.dropout,
             use_rslora=recipe.rslora,
-            target_modules=recipe.targets
-            if isinstance(recipe.targets, str)
-            else list(recipe.targets),
+            target_modules=recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets),
+            exclude_modules=_lower_blocks(model, recipe.first_block),
             task_type="CAUSAL_LM",
             base_model_name_or_path=model.config.name_or_path,
         )
@@ -85,7 +85,7 @@ class Adapter:
         return self.flat.numel()
 
     @contextmanager
-    def attached(self, *, training: bool = False) -> Iterator[None]:
+    def attached(self, *, training: bool = False) -> Generator[None]:
         """The model computes with the adapter, differentiably. training: apply LoRA dropout."""
         for site in self._sites:
             site.lora.lora_dropout[SLOT].train(training)
@@ -93,7 +93,7 @@ class Adapter:
             yield
 
     @contextmanager
-    def decoding(self) -> Iterator[None]:
+    def decoding(self) -> Generator[None]:
         """The model computes with the adapter, without gradients, the fastest way that is exact.
 
         For an fp32 base this is a separate merged copy W + s·B·A; the base's tensors are not touched.
@@ -137,9 +137,7 @@ class Adapter:
             self.config.save_pretrained(str(folder))
             save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
         except OSError as error:
-            raise OutputError(
-                f"cannot save the adapter to {folder}: {error.strerror or error}"
-            ) from error
+            raise OutputError(f"cannot save the adapter to {folder}: {error.strerror or error}") from error
 
     def load(self, folder: str | Path, version: int) -> None:
         """Take over weights that `save` wrote from an adapter of the same recipe and base."""
@@ -166,7 +164,7 @@ class Adapter:
                     yield f"{prefix}.{name}", site
 
     @contextmanager
-    def _standing_in(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+    def _standing_in(self, modules: Sequence[nn.Module]) -> Generator[None]:
         """One module for each site; afterwards what stood there before, so that this can nest."""
         before = [site.module for site in self._sites]
         for site, module in zip(self._sites, modules, strict=True):
@@ -245,16 +243,18 @@ def _lower_blocks(model: PreTrainedModel, first_block: float) -> str | None:
 
 def _inject(model: PreTrainedModel, config: LoraConfig, seed: int) -> list[_Site]:
     """Let PEFT wrap the target layers, then take its layers out and leave the model as it was."""
-    originals = {n: m for n, m in model.named_modules(remove_duplicate=False)}
+    originals: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     needed = {p: p.requires_grad for p in model.parameters()}
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         try:
+            _leave_out_experts(config, model)
             inject_adapter_in_model(config, model, SLOT)
         except ValueError as error:
             reason = " ".join(str(error).split())[:160]
             raise UnsupportedModel(
-                f"no layers of {type(model).__name__} can carry LoRA ({reason}); set targets to its linear layers"
+                f"no layers of {type(model).__name__} can carry LoRA ({reason}); "
+                "set targets to its linear layers"
             ) from error
         finally:
             sites = _take_out(model, originals)
@@ -263,6 +263,17 @@ def _inject(model: PreTrainedModel, config: LoraConfig, seed: int) -> list[_Site
     if not sites:
         raise UnsupportedModel(f"{type(model).__name__} has no linear layers that can carry LoRA")
     return sites
+
+
+def _leave_out_experts(config: LoraConfig, model: PreTrainedModel) -> None:
+    """Target modules only, never parameters: no dropout, no merged copy and no vLLM fit those.
+
+    transformers 5 keeps the experts of a layer in one tensor, and PEFT turns targets of that name (all-linear
+    among them) into LoRA on that tensor, of rank times the number of experts.
+    """
+    convert_peft_config_for_transformers(config, model, None)
+    config.target_parameters = None
+    config.rank_pattern, config.alpha_pattern = {}, {}
 
 
 def _take_out(model: PreTrainedModel, originals: dict[str, nn.Module]) -> list[_Site]:

@@ -79,8 +79,7 @@ class Base:
     @property
     def eos_ids(self) -> list[int]:
         """Tokens with which the model ends a document."""
-        config = self.model.generation_config
-        ids: Any = config.eos_token_id if config is not None else None
+        ids: Any = getattr(self.model.generation_config, "eos_token_id", None)
         if ids is None and self._tokenizer is not None:
             ids = self._tokenizer.eos_token_id
         return [] if ids is None else [ids] if isinstance(ids, int) else [int(i) for i in ids]
@@ -130,7 +129,7 @@ class Base:
         tensors = (*self.model.named_parameters(), *self.model.named_buffers())
         for name, tensor in sorted(tensors):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def _inputs(self, ids: Sequence[int], position: int, cache: Cache | None) -> dict[str, Any]:

@@ -47,9 +47,7 @@ class WindowLayer(_Layer):
         )
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Append [1, heads, tokens, head_dim]; return all that is visible."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -79,16 +77,12 @@ class PrefixLayer(_Layer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         raise AssertionError("a prefix is complete when it is made")
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Join [1, heads, tokens, head_dim] to the prefix; keep the new part, detached, in `new`."""
         self.new = key_states.detach(), value_states.detach()
         if self.keys is None or self.values is None:
             return key_states, value_states
-        return torch.cat((self.keys, key_states), dim=2), torch.cat(
-            (self.values, value_states), dim=2
-        )
+        return torch.cat((self.keys, key_states), dim=2), torch.cat((self.values, value_states), dim=2)
 
 
 class WindowCache(Cache):

@@ -24,9 +24,8 @@ LONGEST_NOISE = 16_384  # tokens: what goes on for longer is not noise but the t
 LOOK_BACK = 256  # tokens in which repetition is sought
 LEAST_DISTINCT = 0.5  # share of 4-grams that differ; prose has above 0.9
 OWN_DRIFT = 0.3  # nats per token that own text may move the adapter from the base
-TOLERANCE = 0.02  # nats per token that the adapter may be worse than the base over RECENT chunks
-CATASTROPHE = 0.5  # nats per token on one chunk: do not wait for more evidence
-RECENT = 4
+LARGEST_LOSS = 30.0  # nats, added up over chunks, that the adapter may lose against the base
+RECOVERY = 1.05  # a learning rate that was lowered comes back by this factor at each chunk that gains
 SHADOW_EVERY = 8  # chunks between two looks at the base where nobody else asks for its score
 CHECK_FIRST, CHECK_EVERY = 8, 8  # updates that are checked: the first ones, then every so many
 
@@ -35,13 +34,14 @@ CHECK_FIRST, CHECK_EVERY = 8, 8  # updates that are checked: the first ones, the
 class Guard:
     """The watch over one text's adapter.
 
-    usual: adapted NLL per token of chunks that were learned. regret: adapted minus base NLL per token of
-    chunks scored since the last roll-back. skipped: tokens left out as noise in a row. allowed: how far from
-    the base own text may move the adapter; what given text has taught it widens this.
+    usual: adapted NLL per token of chunks that were learned. lost: nats that the adapter has lost against the
+    base and not made good since (a CUSUM: it never falls below 0). skipped: tokens left out as noise in a
+    row. allowed: how far from the base own text may move the adapter; what given text has taught it widens
+    this. rate: what learning rates are multiplied by.
     """
 
     usual: deque[float] = field(default_factory=lambda: deque[float](maxlen=HISTORY))
-    regret: deque[float] = field(default_factory=lambda: deque[float](maxlen=RECENT))
+    lost: float = 0.0
     skipped: int = 0
     allowed: float = OWN_DRIFT
     rate: float = 1.0
@@ -74,19 +74,20 @@ class Guard:
         return None
 
     def must_go_back(self, adapted: float, base: float) -> bool:
-        """Note a chunk's NLL per token under both; whether the adapter has been doing harm."""
-        self.regret.append(adapted - base)
-        harm = sum(self.regret) / len(self.regret)
-        if self.regret[-1] > CATASTROPHE or (len(self.regret) == RECENT and harm > TOLERANCE):
-            self.regret.clear()
+        """Note a chunk's NLL under both, in nats; whether the adapter has done enough harm."""
+        self.lost = max(0.0, self.lost + adapted - base)
+        if not self.lost <= LARGEST_LOSS:
+            self.lost = 0.0
             self.rate /= 2
             return True
+        if adapted < base:
+            self.rate = min(1.0, self.rate * RECOVERY)
         return False
 
     @property
     def is_good(self) -> bool:
-        """Whether the adapter has lately been worth keeping as the version to go back to."""
-        return len(self.regret) == RECENT and max(self.regret) <= 0
+        """Whether the adapter is worth keeping as the version to go back to."""
+        return self.lost == 0
 
     def checks(self, update: int) -> bool:
         """Whether this update (from 0) should be tried on learned text before it is kept."""
@@ -94,14 +95,19 @@ class Guard:
 
     def state(self) -> dict[str, Any]:
         """All of it as JSON values."""
-        lists = {"usual": list(self.usual), "regret": list(self.regret)}
-        return {**lists, "skipped": self.skipped, "allowed": self.allowed, "rate": self.rate}
+        return {
+            "usual": list(self.usual),
+            "lost": self.lost,
+            "skipped": self.skipped,
+            "allowed": self.allowed,
+            "rate": self.rate,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state` returned."""
         self.usual = deque(state["usual"], maxlen=HISTORY)
-        self.regret = deque(state["regret"], maxlen=RECENT)
-        self.skipped, self.allowed, self.rate = state["skipped"], state["allowed"], state["rate"]
+        self.lost, self.skipped = state["lost"], state["skipped"]
+        self.allowed, self.rate = state["allowed"], state["rate"]
 
     def _is_noise(self, adapted: float) -> bool:
         if not adapted < float("inf"):

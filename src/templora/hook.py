@@ -57,9 +57,7 @@ def generate(
     session.extend(input_ids[0].tolist(), "")
     greedy = Sampling(temperature=1.0 if generation_config.do_sample else 0.0)
     try:
-        for event in session.write(
-            ENDLESS, sampling=greedy, processors=logits_processor, score_base=False
-        ):
+        for event in session.write(ENDLESS, sampling=greedy, processors=logits_processor, score_base=False):
             if not isinstance(event, Token):
                 continue
             token = torch.tensor([[event.id]], device=input_ids.device)
@@ -81,9 +79,7 @@ def _refuse(input_ids: Tensor, config: GenerationConfig) -> None:
     if input_ids.shape[0] != 1:
         raise InvalidRecipe("templora.generate writes one text at a time; pass a batch of one")
     if (config.num_beams or 1) > 1 or (config.num_return_sequences or 1) > 1:
-        raise InvalidRecipe(
-            "templora.generate samples; set num_beams and num_return_sequences to 1"
-        )
+        raise InvalidRecipe("templora.generate samples; set num_beams and num_return_sequences to 1")
 
 
 def _callers_streamer() -> BaseStreamer | None:

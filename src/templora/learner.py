@@ -84,9 +84,7 @@ class Learner:
         norm = 0.0
         try:
             for epoch in range(self.recipe.epochs):
-                norm = self._step(
-                    first if epoch == 0 and first is not None else self._pass(nll), rate
-                )
+                norm = self._step(first if epoch == 0 and first is not None else self._pass(nll), rate)
             if not bool(torch.isfinite(adapter.flat).all()):
                 raise NotFinite("the updated adapter is not finite")
             if helps is not None:
@@ -145,9 +143,7 @@ class Learner:
         if clip is not None and norm > clip:
             # torch.nn.utils.clip_grad_norm_ adds this small number too: the paper's loop is matched exactly.
             adapter.gradient.mul_(clip / (norm + 1e-6))
-        for group, factor in zip(
-            self.optimizer.param_groups, (1.0, self.recipe.b_rate), strict=True
-        ):
+        for group, factor in zip(self.optimizer.param_groups, (1.0, self.recipe.b_rate), strict=True):
             group["lr"] = rate * factor
         self.optimizer.step()
         return norm

@@ -1,6 +1,5 @@
 """Finding and reading a pretrained model, with errors that say what to do about it."""
 
-import os
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -29,9 +28,8 @@ def load_pretrained(
     """Model and tokenizer of that name; see `templora.load`."""
     place = _place(name)
     config = _read(name, AutoConfig.from_pretrained, place)
-    if (
-        config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {})
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "AutoModelForCausalLM" not in (
+        getattr(config, "auto_map", None) or {}
     ):
         raise UnsupportedModel(
             f"{name} is a {config.model_type} model, not a causal LM; choose one that writes text"
@@ -56,8 +54,9 @@ def _moved(model: PreTrainedModel, dtype: str | None, device: str) -> PreTrained
 def _place(name: str) -> str:
     if name == EMBEDDED:
         return str(resources.files("templora") / "models" / EMBEDDED)
-    looks_local = (
-        name.startswith((".", "/", "~")) or os.sep in name.rstrip("/")[:-1] and name.count("/") > 1
+    # A hub id is a name, or owner/name.
+    looks_local = name.startswith((".", "/", "~")) or name.rstrip("/").count("/") > 1
+        os.sep in name.rstrip("/")[:-1] and name.count("/") > 1
     )
     folder = Path(name).expanduser()
     if looks_local and not folder.is_dir():

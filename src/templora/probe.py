@@ -36,13 +36,9 @@ def probe(model: PreTrainedModel) -> Probe:
     if model.config.is_encoder_decoder or head is None:
         raise UnsupportedModel(f"{kind} is not a decoder-only causal LM; choose one that is")
     if any(name.rpartition(".")[2].startswith("lora_") for name, _ in model.named_modules()):
-        raise UnsupportedModel(
-            f"{kind} already carries a LoRA adapter; call merge_and_unload() first"
-        )
+        raise UnsupportedModel(f"{kind} already carries a LoRA adapter; call merge_and_unload() first")
     if getattr(model, "_is_stateful", False):
-        raise UnsupportedModel(
-            f"{kind} keeps a recurrent state, not keys and values; choose a transformer"
-        )
+        raise UnsupportedModel(f"{kind} keeps a recurrent state, not keys and values; choose a transformer")
     with torch.no_grad():
         return Probe(model.base_model, head, _try(model, head, kind))
 

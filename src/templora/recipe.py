@@ -54,9 +54,7 @@ class Recipe(BaseModel):
     weight_decay: NonNegative
     clip: Positive | None = Field(description="largest gradient norm; null for no clipping")
     warmup_chunks: int = Field(ge=0, description="the rate rises from 0 over this many chunks")
-    decay_chunks: Positive | None = Field(
-        description="rate / sqrt(1 + chunk / this); null: constant"
-    )
+    decay_chunks: Positive | None = Field(description="rate / sqrt(1 + chunk / this); null: constant")
     context_from: Literal["cache", "recompute"] = Field(
         description="cache: no gradient through the context; recompute: as the paper does"
     )
@@ -127,9 +125,7 @@ def _named(name: str) -> dict[str, Any]:
 def _from_file(path: Path) -> tuple[dict[str, Any], set[str]]:
     if not path.is_file():
         known = ", ".join(names())
-        raise InvalidRecipe(
-            f"no recipe {str(path)!r}; named recipes are {known}, or give a YAML file"
-        )
+        raise InvalidRecipe(f"no recipe {str(path)!r}; named recipes are {known}, or give a YAML file")
     values = _yaml(path.read_text("utf-8"), str(path))
     if not isinstance(values, dict):
         raise InvalidRecipe(f"{path} is not a recipe; it must hold lines of the form key: value")
@@ -166,9 +162,7 @@ def _refuse_unknown(values: Mapping[str, Any]) -> None:
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
-            raise InvalidRecipe(
-                f"unknown recipe key {str(key)!r}; the nearest known key is {near[0]!r}"
-            )
+            raise InvalidRecipe(f"unknown recipe key {str(key)!r}; the nearest known key is {near[0]!r}")
 
 
 def _validated(values: Mapping[str, Any]) -> Recipe:

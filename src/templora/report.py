@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Protocol, Self
@@ -181,9 +181,7 @@ class TextFile:
                 f"or add --read {path} to continue it"
             ) from error
         except OSError as error:
-            raise OutputError(
-                f"cannot write to {path}: {error.strerror}; choose another --out"
-            ) from error
+            raise OutputError(f"cannot write to {path}: {error.strerror}; choose another --out") from error
 
     def __enter__(self) -> Self:
         return self
@@ -229,11 +227,7 @@ class TextFile:
 
 def screen_or_plain(status: Status) -> Screen | Plain:
     """A live screen on a terminal, plain text into a pipe."""
-    return (
-        Screen(status)
-        if sys.stdout.isatty() and shutil.get_terminal_size().columns >= 20
-        else Plain()
-    )
+    return Screen(status) if sys.stdout.isatty() and shutil.get_terminal_size().columns >= 20 else Plain()
 
 
 def send(events: Iterable[Event], sinks: Iterable[Sink]) -> Iterator[Event]:
@@ -251,11 +245,9 @@ def _warn(event: Event) -> None:
 
 
 def _close_quietly(file: IO[str]) -> None:
-    try:
+    # Closing flushes once more; the failure has been reported already.
+    with suppress(OSError):
         file.close()
-    except OSError:
-        # Closing flushes once more; the failure has been reported already.
-        pass
 
 
 def _clock(seconds: float) -> str:

@@ -107,7 +107,7 @@ class Sampler:
             logits: [vocab]. visible: ids of the tokens seen, for the processors that look at them.
         """
         ids = torch.tensor([visible], device=logits.device)  # [1, visible]
-        scores: Tensor = processors(ids, logits.float().unsqueeze(0))[0]
+        scores: Tensor = processors(ids, logits.float().unsqueeze(0))[0]  # pyright: ignore[reportArgumentType]
         if greedy:
             return int(scores.argmax())
         # Drawn on the CPU, where the generator lives: the same seed gives the same text on any device.

@@ -6,7 +6,7 @@ taken up again later with the same result.
 
 import io
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -171,9 +171,7 @@ class Session:
         eos = self.base.eos_ids
         if processors is None:
             processors = sampling.processors([] if stop_at_eos else eos, str(self.base.device))
-        detokenizer = (
-            Detokenizer(self.base.tokenizer, self.ids) if self.base.has_tokenizer else None
-        )
+        detokenizer = Detokenizer(self.base.tokenizer, self.ids) if self.base.has_tokenizer else None
         started, clock = time.perf_counter(), time.perf_counter()
         base, adapted, reason, written = Tally(), Tally(), "tokens", 0
         tail = ""
@@ -242,7 +240,7 @@ class Session:
             raise SessionClosed("this session was discarded; make a new one with base.session()")
 
     @contextmanager
-    def _memory(self) -> Iterator[None]:
+    def _memory(self) -> Generator[None]:
         try:
             yield
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

@@ -107,11 +107,11 @@ class Study:
         """Restore the last good version if the adapter does harm; remember this one if it does well."""
         if base is None or self.adapter.version == 0:
             return None
-        if self.guard.must_go_back(adapted / span.tokens, base / span.tokens):
+        if self.guard.must_go_back(adapted, base):
             self.learner.restart()
             self.adapter.restore(self._good.weights, self._good.version)
             self._last = None
             return RolledBack(span.chunk, self.adapter.version, self.guard.rate)
-        if self.guard.is_good:
+        if self.guard.is_good and self.adapter.version != self._good.version:
             self._good = _Good(self.adapter.snapshot(), self.adapter.version)
         return None

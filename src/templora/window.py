@@ -55,9 +55,7 @@ class Plan:
                 raise WindowTooLarge(self._too_large(name, size))
 
     def _too_large(self, name: str, size: int) -> str:
-        cause = (
-            f"{name} {size} + chunk {self.chunk} exceed the {self.positions} positions of this base"
-        )
+        cause = f"{name} {size} + chunk {self.chunk} exceed the {self.positions} positions of this base"
         assert self.positions is not None
         largest = self.positions - self.chunk
         if largest < 1:

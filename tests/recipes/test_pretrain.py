@@ -12,7 +12,23 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "pretrain"
-WORDS = "the old captain looked at the grey sea and said nothing to his young friend".split()
+WORDS = [
+    "the",
+    "old",
+    "captain",
+    "looked",
+    "at",
+    "the",
+    "grey",
+    "sea",
+    "and",
+    "said",
+    "nothing",
+    "to",
+    "his",
+    "young",
+    "friend",
+]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -24,9 +24,7 @@ def load_base(model: str, dtype: str | None, device: str | None) -> "Base":
 
 def load_recipe(name: str, pairs: list[str], sizes: dict[str, int | None]) -> Recipe:
     """A recipe by name or file, with --set pairs and sizes over it."""
-    return recipe.load(
-        name, recipe.parse_pairs(pairs) | {k: v for k, v in sizes.items() if v is not None}
-    )
+    return recipe.load(name, recipe.parse_pairs(pairs) | {k: v for k, v in sizes.items() if v is not None})
 
 
 def text_of(path: Path) -> str:

@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import typer
@@ -19,7 +19,7 @@ def say(line: str) -> None:
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors() -> Generator[None]:
     """Cause and cure in one line, exit code 2."""
     try:
         yield
@@ -33,13 +33,13 @@ def one_line_errors() -> Iterator[None]:
 
 
 @contextmanager
-def interruptible() -> Iterator[list[int]]:
+def interruptible() -> Generator[list[int]]:
     """The signals that asked to stop, so far: true as soon as there is one. The second one insists."""
     asked: list[int] = []
 
     def ask(number: int, _: object) -> None:
         asked.append(number)
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in numbers}

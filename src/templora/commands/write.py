@@ -34,13 +34,9 @@ Continue a text, learning it on the way.
 def write(
     prompt: Annotated[str | None, typer.Argument(help="The text to continue.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A file that holds the prompt.")] = None,
-    read: Annotated[
-        list[Path] | None, typer.Option(help="Text to learn first; may be repeated.")
-    ] = None,
+    read: Annotated[list[Path] | None, typer.Option(help="Text to learn first; may be repeated.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write.")] = 1000,
-    out: Annotated[
-        Path | None, typer.Option(help="Where the text is saved. Never overwrites.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the text is saved. Never overwrites.")] = None,
     model: Annotated[str, typer.Option(help="novelist, a local folder, or a hub id.")] = "novelist",
     recipe: Annotated[str, typer.Option(help="default, paper, or a YAML file.")] = "default",
     set_: Annotated[
@@ -48,9 +44,7 @@ def write(
     ] = None,
     window: Annotated[int | None, typer.Option(help="Tokens visible before a chunk.")] = None,
     chunk: Annotated[int | None, typer.Option(help="Tokens written, then learned.")] = None,
-    context: Annotated[
-        int | None, typer.Option(help="Tokens visible while a chunk is learned.")
-    ] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens visible while a chunk is learned.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
     top_k: Annotated[int | None, typer.Option()] = None,
@@ -111,12 +105,10 @@ def _write(job: _Job, *, json: bool, quiet: bool) -> None:
     from templora.events import End
 
     status = report.Status(job.tokens, job.session.plan.window)
-    sink = (
-        report.JsonLines() if json else report.Quiet() if quiet else report.screen_or_plain(status)
-    )
+    sink = report.JsonLines() if json else report.Quiet() if quiet else report.screen_or_plain(status)
     end: End | None = None
     with ExitStack() as stack:
-        sinks = [stack.enter_context(report.TextFile(job.path, append=job.append))]
+        sinks: list[report.Sink] = [stack.enter_context(report.TextFile(job.path, append=job.append))]
         sinks.append(stack.enter_context(sink))
         interrupted = stack.enter_context(interruptible())
         for each in sinks:
@@ -149,7 +141,5 @@ def _opening(prompt: str | None, prompt_file: Path | None, read: list[Path]) -> 
         raise InvalidText("a prompt and --prompt-file were both given; give one of them")
     text = text_of(prompt_file) if prompt_file is not None else prompt or ""
     if not text.strip() and not read:
-        raise InvalidText(
-            'the prompt is empty; say for example: templora write "It was a dark night"'
-        )
+        raise InvalidText('the prompt is empty; say for example: templora write "It was a dark night"')
     return text

@@ -1,0 +1,43 @@
+# Each target works as the first command on a fresh machine: it makes .venv and installs what it needs.
+PYTHON ?= python3
+PROMPT ?= It was the last night of October, and the lighthouse keeper had counted the stairs again.
+TOKENS ?= 400
+MODEL ?= novelist
+ARGS ?=
+
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help write test check clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
+
+write: .venv/.core ## continue a novel (PROMPT="…" TOKENS=400 MODEL=novelist ARGS="…")
+	@$(BIN)/templora write "$(PROMPT)" --tokens $(TOKENS) --model "$(MODEL)" $(ARGS)
+
+test: .venv/.dev ## all tests
+	$(BIN)/python -m pytest -q -m "not gpu and not network"
+
+check: .venv/.dev ## lint, types and the fast tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not network"
+
+clean: ## remove the environment and caches
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("templora needs Python 3.11 or newer; say make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+
+# The stamp is written only after everything has been installed.
+.venv/.core: pyproject.toml constraints.txt | .venv/bin/python
+	$(INSTALL) --editable .
+	@touch $@
+
+.venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
+	$(INSTALL) --editable ".[dev]"
+	@touch $@ .venv/.core
