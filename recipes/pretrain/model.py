@@ -53,17 +53,13 @@ def token_losses(model: LlamaForCausalLM, batch: Tensor) -> Tensor:
     inputs, targets = batch[:, :-1], batch[:, 1:]
     hidden = model.model(inputs, use_cache=False).last_hidden_state.flatten(0, 1)
     losses = []
-    for rows, wanted in zip(
-        hidden.split(LOSS_ROWS), targets.reshape(-1).split(LOSS_ROWS), strict=True
-    ):
+    for rows, wanted in zip(hidden.split(LOSS_ROWS), targets.reshape(-1).split(LOSS_ROWS), strict=True):
         logits = F.linear(rows, model.lm_head.weight).float()  # [LOSS_ROWS, vocab]
         losses.append(F.cross_entropy(logits, wanted, reduction="none"))
     return torch.cat(losses).view_as(targets)
 
 
-def export(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path, shard_megabytes: int | None
-) -> None:
+def export(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path, shard_megabytes: int | None) -> None:
     """Write a Hugging Face folder: bf16 weights, tokenizer, configuration, sampling defaults."""
     boundary = tokenizer.token_to_id(BOUNDARY)
     half = LlamaForCausalLM(model.config).to(torch.bfloat16)

@@ -21,9 +21,7 @@ class Optimizers:
         self._muon = torch.optim.Muon(
             matrices, lr=config.muon_rate, weight_decay=config.weight_decay, momentum=0.95
         )
-        self._adamw = torch.optim.AdamW(
-            others, lr=config.adam_rate, betas=(0.9, 0.95), weight_decay=0.0
-        )
+        self._adamw = torch.optim.AdamW(others, lr=config.adam_rate, betas=(0.9, 0.95), weight_decay=0.0)
         self._peaks = (config.muon_rate, config.adam_rate)
 
     def step(self, factor: float) -> float:

@@ -68,9 +68,7 @@ def excerpts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 @torch.no_grad()
-def generate(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, **setting: float
-) -> list[str]:
+def generate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, **setting: float) -> list[str]:
     """Return 20 samples, the openings not included, from seed 0."""
     texts = []
     torch.manual_seed(0)

@@ -87,9 +87,7 @@ def evaluate(run: Run, model: LlamaForCausalLM, window: int) -> dict:
     return count.report()
 
 
-def save_checkpoint(
-    run: Run, model: LlamaForCausalLM, optimizers: Optimizers, progress: Progress
-) -> None:
+def save_checkpoint(run: Run, model: LlamaForCausalLM, optimizers: Optimizers, progress: Progress) -> None:
     """Write everything a resumed run needs, and the model so far as a Hugging Face folder.
 
     A kill half-way leaves the last checkpoint whole.

@@ -56,8 +56,6 @@ def _place(name: str) -> str:
         return str(resources.files("templora") / "models" / EMBEDDED)
     # A hub id is a name, or owner/name.
     looks_local = name.startswith((".", "/", "~")) or name.rstrip("/").count("/") > 1
-        os.sep in name.rstrip("/")[:-1] and name.count("/") > 1
-    )
     folder = Path(name).expanduser()
     if looks_local and not folder.is_dir():
         raise ModelNotFound(f"no folder {name}; give a folder that holds config.json, or a hub id")
