@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from templora import __version__
-from templora.commands import write
+from templora.commands import score, write
 
 app = typer.Typer(
     name="templora",
@@ -14,6 +14,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.command(help=write.HELP)(write.write)
+app.command(help=score.HELP)(score.score)
 
 
 @app.callback(invoke_without_command=True)

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from templora.errors import OutputError
 from templora.events import ChunkScored, Event, Token, Warned
-from templora.metrics import perplexity
+from templora.metrics import Tally, perplexity
 
 
 class Sink(AbstractContextManager["Sink"], Protocol):
@@ -118,6 +118,42 @@ class Screen:
             cut = cut if cut > 0 else width
             self._live.console.print(Text(self._line[:cut]))
             self._line = self._line[cut:].lstrip(" ")
+
+
+class ScoreStatus:
+    """A line that follows the scoring of one document, on stderr; nothing if that is not a terminal."""
+
+    def __init__(self, document: str, goal: int) -> None:
+        self._document, self._goal = document, goal
+        self._started = time.perf_counter()
+        console = Console(stderr=True, highlight=False)
+        self._live = (
+            Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        )
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def show(self, base: Tally, adapted: Tally) -> None:
+        """Tokens, rate, ETA and the perplexities so far."""
+        if self._live is None or not adapted.tokens:
+            return
+        rate = adapted.tokens / (time.perf_counter() - self._started)
+        parts = [
+            self._document,
+            f"{adapted.tokens:,}/{self._goal:,} tokens",
+            f"{rate:.0f} tokens/s",
+            f"ETA {_clock((self._goal - adapted.tokens) / rate)}",
+            "perplexity" + (f" base {base.perplexity:.2f} →" if base.perplexity else ""),
+        ]
+        line = f"{' · '.join(parts)} adapter {adapted.perplexity:.2f}"
+        self._live.update(Text(line, style="dim", overflow="ellipsis", no_wrap=True), refresh=True)
 
 
 class Plain:

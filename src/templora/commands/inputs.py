@@ -30,13 +30,19 @@ def load_recipe(name: str, pairs: list[str], sizes: dict[str, int | None]) -> Re
 def text_of(path: Path) -> str:
     """A text file, UTF-8."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        return decoded(path.read_bytes(), path)
+    except OSError as error:
+        raise InvalidText(f"cannot read {path}: {error.strerror}; check the name") from error
+
+
+def decoded(data: bytes, path: Path) -> str:
+    """The UTF-8 text of a file; not empty, not binary."""
+    try:
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InvalidText(
             f"{path} is not UTF-8 text (byte {error.start}); convert it, for example with iconv"
         ) from error
-    except OSError as error:
-        raise InvalidText(f"cannot read {path}: {error.strerror}; check the name") from error
     if "\0" in text:
         raise InvalidText(f"{path} holds binary data, not text; give a plain text file")
     if not text.strip():

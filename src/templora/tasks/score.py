@@ -21,10 +21,16 @@ class Scores:
     where the base was not asked), learn_seconds.
     """
 
-    bytes: int = 0
     base: Tally = field(default_factory=Tally)
     adapted: Tally = field(default_factory=Tally)
     chunks: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+
+    @classmethod
+    def of(cls, base: Base, ids: list[int]) -> "Scores":
+        """Empty scores of a text, its bytes counted."""
+        scores = cls()
+        scores.base.bytes = scores.adapted.bytes = len(base.decode(ids).encode())
+        return scores
 
     def take(self, event: Event) -> None:
         """Add what the event tells."""
@@ -99,8 +105,7 @@ def score(
     """
     session = base.session(recipe, seed=seed, **overrides)
     ids = base.encode(text)[skip : None if tokens is None else skip + tokens]
-    scores = Scores(bytes=len(base.decode(ids).encode()))
-    scores.base.bytes = scores.adapted.bytes = scores.bytes
+    scores = Scores.of(base, ids)
     try:
         for event in scoring(session, ids, score_base=score_base):
             scores.take(event)

@@ -1,0 +1,1 @@
+"""Benchmarks that a user runs, over the library's own tasks."""

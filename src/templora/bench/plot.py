@@ -1,0 +1,52 @@
+"""Pictures of results, with matplotlib (extra `plot`)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from templora.bench.tables import by_position
+from templora.errors import OutputError
+
+BINS = 24  # points on a line: enough for a shape, few enough to be smooth
+
+
+def plot_by_position(
+    results: Sequence[dict[str, Any]] | Mapping[str, Sequence[dict[str, Any]]], path: Path
+) -> None:
+    """Perplexity by position in the document, base and adapted; one pair of lines for each named group.
+
+    Raises:
+        OutputError: matplotlib is not installed, or the picture cannot be written.
+    """
+    groups = results if isinstance(results, Mapping) else {"": results}
+    figure, axes = _canvas()
+    for name, group in groups.items():
+        longest = max((entry["tokens"] for entry in group), default=0)
+        step = max(1, longest // BINS)
+        bins = [(start, start + step) for start in range(0, longest, step)]
+        points = [(span[0] + step / 2, b, a) for span, b, a in by_position(group, bins) if a.tokens]
+        places = [place for place, _, _ in points]
+        axes.plot(places, [a.perplexity for _, _, a in points], label=f"adapter {name}".strip())
+        if all(b.tokens for _, b, _ in points):
+            axes.plot(places, [b.perplexity for _, b, _ in points], "--", label=f"base {name}".strip())
+    axes.set(xlabel="position in the text (tokens)", ylabel="perplexity", ylim=(0, None))
+    save(figure, axes, path)
+
+
+def _canvas() -> tuple[Any, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise OutputError('plots need matplotlib; say: pip install "templora[plot]"') from error
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    return figure, figure.subplots()
+
+
+def save(figure: Any, axes: Any, path: Path) -> None:
+    """Legend, light grid, file."""
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot write {path}: {error}; choose a name that ends in .png or .svg") from error

@@ -1,0 +1,63 @@
+"""The JSON result of scoring one document: what was measured, with what, on what."""
+
+import platform
+import resource
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from templora.session import Session
+from templora.tasks.score import Scores
+
+PACKAGES = ("templora", "torch", "transformers", "peft")
+
+
+def result(document: str, scores: Scores, session: Session, seconds: float) -> dict[str, Any]:
+    """One document's result; NLL in nats per token, seconds of wall clock, peak memory in MiB."""
+    entry: dict[str, Any] = {
+        "document": document,
+        "tokens": scores.adapted.tokens,
+        "base": _measures(scores, "base"),
+        "adapted": _measures(scores, "adapted"),
+        "chunks": scores.chunks,
+        "seconds": seconds,
+        "learn_seconds": scores.learn_seconds,
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "config": {
+            "model": session.base.name,
+            "recipe": session.recipe.model_dump(mode="json"),
+            "positions": session.base.positions,
+        },
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "git": git_commit(),
+        "seed": session.seed,
+    }
+    return entry
+
+
+def _measures(scores: Scores, which: str) -> dict[str, float | None] | None:
+    tally = getattr(scores, which)
+    if not tally.tokens:
+        return None
+    return {
+        "nll": tally.nll / tally.tokens,
+        "perplexity": tally.perplexity,
+        "bits_per_byte": tally.bits_per_byte,
+        "mean_chunk_perplexity": scores.mean_chunk_perplexity(f"{which}_nll"),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit this package runs from, with "+" if its files were changed; None outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return commit + ("+" if _git(folder, "status", "--porcelain", "--", str(folder)) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(folder: Path, *words: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True)
+    return done.stdout.strip()

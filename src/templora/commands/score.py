@@ -1,0 +1,170 @@
+"""`templora score`: how much the adapter knows of a text, measured token by token."""
+
+import json
+import lzma
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from templora.commands.inputs import decoded, load_base, load_recipe
+from templora.commands.running import INTERRUPTED, interruptible, one_line_errors, say
+from templora.errors import InvalidText, OutputError, TemploraError
+
+if TYPE_CHECKING:
+    from templora.base import Base
+    from templora.recipe import Recipe
+
+HELP = """
+Measure perplexity: each token is scored by an adapter that has seen only earlier tokens.
+
+**Examples**
+
+    templora score novel.txt --tokens 20000
+
+    templora score *.txt --recipe paper --window 1024 --json scores.json --plot scores.png
+"""
+
+
+def score(
+    files: Annotated[list[Path], typer.Argument(help="Texts, UTF-8, plain or .xz.")],
+    tokens: Annotated[int | None, typer.Option(min=1, help="Score at most so many tokens of each.")] = None,
+    skip: Annotated[int, typer.Option(min=0, help="Leave out so many tokens first.")] = 0,
+    model: Annotated[str, typer.Option(help="novelist, a local folder, or a hub id.")] = "novelist",
+    recipe: Annotated[str, typer.Option(help="default, paper, or a YAML file.")] = "default",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Recipe key=value; may be repeated.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens visible before a chunk.")] = None,
+    chunk: Annotated[int | None, typer.Option(help="Tokens scored, then learned.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens visible while a chunk is learned.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the adapter's start.")] = 0,
+    base: Annotated[bool, typer.Option(help="Also score under the bare base.")] = True,
+    json_: Annotated[Path | None, typer.Option("--json", help="Where results are stored.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="A picture: perplexity by position.")] = None,
+    resume: Annotated[bool, typer.Option(help="Keep what --json holds; do the rest.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
+) -> None:
+    """Score texts."""
+    with one_line_errors():
+        made = load_recipe(recipe, set_ or [], {"window": window, "chunk": chunk, "context": context})
+        job = _Job(load_base(model, dtype, device), made, seed, tokens, skip, base)
+        results = _Results(json_, resume=resume)
+        with interruptible() as interrupted:
+            failed = _score_all(job, files, results, interrupted)
+        if plot is not None:
+            from templora.bench.plot import plot_by_position
+
+            plot_by_position(results.done, plot)
+        if interrupted:
+            say("interrupted; go on with the same command and --resume" if json_ else "interrupted")
+            raise typer.Exit(INTERRUPTED)
+        if failed:
+            raise typer.Exit(2)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    base: "Base"
+    recipe: "Recipe"
+    seed: int
+    tokens: int | None
+    skip: int
+    score_base: bool
+
+    def run(self, name: str, text: str, interrupted: list[int]) -> dict[str, Any] | None:
+        """One document's result; None if it was interrupted."""
+        from templora.bench.result import result
+        from templora.report import ScoreStatus
+        from templora.tasks.score import Scores, scoring
+
+        session = self.base.session(self.recipe, seed=self.seed)
+        ids = self.base.encode(text)[self.skip : None if self.tokens is None else self.skip + self.tokens]
+        scores = Scores.of(self.base, ids)
+        started = perf_counter()
+        try:
+            with ScoreStatus(name, len(ids)) as status:
+                for event in scoring(session, ids, score_base=self.score_base):
+                    scores.take(event)
+                    status.show(scores.base, scores.adapted)
+                    if interrupted:
+                        return None
+            return result(name, scores, session, perf_counter() - started)
+        finally:
+            session.discard()
+
+
+class _Results:
+    """Results on disk, one JSON list, written anew after each document so that a stop loses none."""
+
+    def __init__(self, path: Path | None, *, resume: bool) -> None:
+        self.path, self.done = path, list[dict[str, Any]]()
+        if path is not None and path.exists():
+            if not resume:
+                raise OutputError(f"{path} exists; add --resume to continue it, or choose another --json")
+            self.done = json.loads(path.read_text("utf-8"))
+
+    def has(self, document: str) -> bool:
+        return any(entry["document"] == document for entry in self.done)
+
+    def add(self, entry: dict[str, Any]) -> None:
+        self.done.append(entry)
+        if self.path is not None:
+            with _replacing(self.path) as temporary:
+                temporary.write_text(json.dumps(self.done, indent=1), "utf-8")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}; choose another --json") from error
+
+
+def _score_all(job: _Job, files: list[Path], results: _Results, interrupted: list[int]) -> int:
+    """Score each file that is not done; returns how many could not be."""
+    failed = 0
+    for file in files:
+        if results.has(str(file)) or interrupted:
+            continue
+        try:
+            entry = job.run(str(file), _text(file), interrupted)
+        except TemploraError as error:
+            # One bad file must not cost the others their results.
+            say(f"error: {error}")
+            failed += 1
+            continue
+        if entry is not None:
+            results.add(entry)
+            say(_line(entry))
+    return failed
+
+
+def _text(path: Path) -> str:
+    try:
+        data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+    except lzma.LZMAError as error:
+        raise InvalidText(f"{path} is not a valid .xz file: {error}") from error
+    except OSError as error:
+        raise InvalidText(f"cannot read {path}: {error.strerror}; check the name") from error
+    return decoded(data, path)
+
+
+def _line(entry: dict[str, Any]) -> str:
+    base, adapted = entry["base"], entry["adapted"]
+    line = f"{entry['document']}: {entry['tokens']:,} tokens, "
+    if base is None:
+        return line + f"perplexity {adapted['perplexity']:.3f}"
+    change = 100 * (adapted["perplexity"] / base["perplexity"] - 1)
+    return (
+        line
+        + f"perplexity base {base['perplexity']:.3f}, adapter {adapted['perplexity']:.3f} ({change:+.2f} %)"
+    )
