@@ -7,10 +7,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from templora import __version__
 from templora.session import Session
 from templora.tasks.score import Scores
 
-PACKAGES = ("templora", "torch", "transformers", "peft")
+PACKAGES = ("torch", "transformers", "peft")
 
 
 def result(document: str, scores: Scores, session: Session, seconds: float) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def result(document: str, scores: Scores, session: Session, seconds: float) -> d
             "recipe": session.recipe.model_dump(mode="json"),
             "positions": session.base.positions,
         },
-        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "versions": versions(),
         "git": git_commit(),
         "seed": session.seed,
     }
@@ -46,6 +47,12 @@ def _measures(scores: Scores, which: str) -> dict[str, float | None] | None:
         "bits_per_byte": tally.bits_per_byte,
         "mean_chunk_perplexity": scores.mean_chunk_perplexity(f"{which}_nll"),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of everything that can change a number."""
+    others = {name: version(name) for name in PACKAGES}
+    return {"templora": __version__, **others, "python": platform.python_version()}
 
 
 def git_commit() -> str | None:
