@@ -4,6 +4,7 @@ What is computed through the cache is compared with the plainest way: PEFT loads
 second copy of the model, which runs the visible tokens at once and returns all logits.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -215,8 +216,9 @@ def tiny_llama_with_lora() -> PreTrainedModel:
     ],
     ids=["mamba", "t5", "bert", "lora"],
 )
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_model_that_cannot_work_is_refused_with_the_reason(build, reason: str) -> None:  # noqa: ANN001
+def test_a_model_that_cannot_work_is_refused_with_the_reason(
+    build: Callable[[], PreTrainedModel], reason: str
+) -> None:
     with pytest.raises(UnsupportedModel, match=reason) as caught:
         templora.load(model=build().eval(), tokenizer=ByteTokenizer())
     assert "\n" not in str(caught.value)

@@ -57,11 +57,9 @@ def test_the_paper_recipe_gives_the_nll_of_a_plain_loop(name: str, tmp_path: Pat
 
 def test_a_context_from_the_cache_scores_as_a_recomputed_one() -> None:
     base = tiny_base()
-    kept = scores(base.session(seed=1, window=48, chunk=16, context=48, learning_rate=0.0), PROSE)
-    fresh = scores(
-        base.session(seed=1, window=48, chunk=16, context=48, learning_rate=0.0, context_from="recompute"),
-        PROSE,
-    )
+    sizes = {"window": 48, "chunk": 16, "context": 48, "cache": "recompute"}
+    kept = scores(base.session(seed=1, learning_rate=0.0, **sizes), PROSE)
+    fresh = scores(base.session(seed=1, learning_rate=0.0, context_from="recompute", **sizes), PROSE)
     assert kept == pytest.approx(fresh, abs=1e-3)
 
 

@@ -70,6 +70,7 @@ class Adapter:
             lora_dropout=recipe.dropout,
             use_rslora=recipe.rslora,
             target_modules=recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets),
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
             exclude_modules=_lower_blocks(model, recipe.first_block),
             task_type="CAUSAL_LM",
             base_model_name_or_path=model.config.name_or_path,

@@ -18,6 +18,9 @@ from templora import loading
 from templora.cross_entropy import linear_nll, logits_nll
 from templora.probe import Probe, probe
 
+# What configs call it: nearly all of them, MPT, BLOOM.
+POSITIONS = ("max_position_embeddings", "max_seq_len", "seq_length")
+
 
 class Base:
     """A loaded model with its tokenizer. Make one with `templora.load`.
@@ -33,7 +36,7 @@ class Base:
         self._tokenizer = tokenizer
         self._probe: Probe = probe(model)
         text = model.config.get_text_config()
-        self.positions: int | None = getattr(text, "max_position_embeddings", None)
+        self.positions: int | None = next((n for key in POSITIONS if (n := getattr(text, key, None))), None)
         self.vocabulary: int = text.vocab_size
         accepted = inspect.signature(model.forward).parameters
         self._accepts = {"position_ids", "logits_to_keep"} & accepted.keys()

@@ -11,17 +11,24 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 TAIL = 8  # tokens: more than any character spans
+UNFINISHED = "\ufffd"  # what a character decodes to before its last byte has come
 
 
 class Detokenizer:
-    """A stream of text pieces. before: the tokens already in the text, which decide about spaces."""
+    """A stream of text pieces. before: the tokens already in the text, which decide about spaces.
+
+    Where they end inside a character, it comes whole with its last byte, as if there had been no break.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         fast: Any = getattr(tokenizer, "backend_tokenizer", None)
         self._fast = fast if isinstance(fast, Tokenizer) else None
-        self._stream: Any = DecodeStream(ids=list(before[-TAIL:]), skip_special_tokens=True)
-        self._ids, self._done = list(before[-TAIL:]), self._decode(list(before[-TAIL:]))
+        self._stream: Any = DecodeStream(ids=[], skip_special_tokens=True)
+        self._ids: list[int] = []
+        self._done = ""
+        for token in before[self._last_clean_start(before) :]:
+            self.step(token)
 
     def step(self, token: int) -> str:
         """The text that this token completes; empty while a character is unfinished."""
@@ -29,14 +36,19 @@ class Detokenizer:
             return self._stream.step(self._fast, token) or ""
         self._ids.append(token)
         text = self._decode(self._ids)
-        if text.endswith("\ufffd"):
+        if text.endswith(UNFINISHED):
             return ""
         piece = text[len(self._done) :]
         self._ids = self._ids[-TAIL:]
         self._done = self._decode(self._ids)
         return piece
 
-    def _decode(self, ids: list[int]) -> str:
-        if self._fast is not None:
-            return ""
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+    def _last_clean_start(self, ids: Sequence[int]) -> int:
+        """Where the last few of these tokens begin, not inside a character."""
+        start = max(0, len(ids) - TAIL)
+        while start > 0 and self._decode(ids[max(0, start - TAIL) : start]).endswith(UNFINISHED):
+            start -= 1
+        return start
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))

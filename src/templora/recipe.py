@@ -100,7 +100,8 @@ def load(recipe: "str | Path | Recipe", overrides: Mapping[str, Any] | None = No
         values, fixed = _named(str(recipe)), set[str]()
     else:
         values, fixed = _from_file(Path(recipe))
-    given = {k: v for k, v in (overrides or {}).items() if v is not None}
+    # A size of None is a wish that was not made; elsewhere None is a value.
+    given = {k: v for k, v in (overrides or {}).items() if v is not None or k not in SIZES}
     fixed |= SIZES & given.keys()
     return _validated(values | given | {"fixed": fixed})
 
@@ -126,7 +127,10 @@ def _from_file(path: Path) -> tuple[dict[str, Any], set[str]]:
     if not path.is_file():
         known = ", ".join(names())
         raise InvalidRecipe(f"no recipe {str(path)!r}; named recipes are {known}, or give a YAML file")
-    values = _yaml(path.read_text("utf-8"), str(path))
+    try:
+        values = _yaml(path.read_text("utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRecipe(f"cannot read recipe {path}: {error}; give a YAML file in UTF-8") from error
     if not isinstance(values, dict):
         raise InvalidRecipe(f"{path} is not a recipe; it must hold lines of the form key: value")
     given = cast(dict[str, Any], values)

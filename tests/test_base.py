@@ -1,0 +1,52 @@
+"""The base: how many positions it has, how it ends and begins a text, what it refuses."""
+
+import pytest
+
+import templora
+from templora.testing import ByteTokenizer, tiny_llama
+from tests.architectures import ARCHITECTURES, MORE, POSITIONS, Architecture
+
+BY_NAME = {str(a): a for a in (*ARCHITECTURES, *MORE)}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "positions"),
+    [
+        (BY_NAME["llama"], POSITIONS),
+        (BY_NAME["gpt2"], POSITIONS),
+        (BY_NAME["mpt"], POSITIONS),
+        (Architecture("bloom", BY_NAME["bloom"].values | {"seq_length": 77}), 77),
+        (BY_NAME["bloom"], None),
+    ],
+    ids=["llama", "gpt2", "mpt", "bloom", "bloom-without-limit"],
+)
+def test_the_positions_a_base_was_trained_for_are_found(
+    architecture: Architecture, positions: int | None
+) -> None:
+    assert templora.load(model=architecture.build()).positions == positions
+
+
+def test_loading_freezes_the_model_and_leaves_dropout_off() -> None:
+    model = tiny_llama().train()
+    templora.load(model=model)
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_text_begins_with_the_tokenizers_first_token_and_ends_with_the_models() -> None:
+    base = templora.load(model=tiny_llama(), tokenizer=ByteTokenizer())
+    assert base.prefix_ids == [256]
+    assert base.eos_ids == [256]
+    assert base.decode(base.encode("naïve – 字")) == "naïve – 字"
+
+
+def test_several_tokens_may_end_a_document() -> None:
+    model = tiny_llama()
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = [3, 4]
+    assert templora.load(model=model).eos_ids == [3, 4]
+
+
+def test_two_bases_differ_in_their_fingerprint_and_a_base_does_not_from_itself() -> None:
+    prints = [templora.load(model=tiny_llama(seed)).fingerprint() for seed in (0, 0, 1)]
+    assert prints[0] == prints[1] != prints[2]

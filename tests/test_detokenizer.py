@@ -1,0 +1,107 @@
+"""Any text, token by token: the pieces join to the text, and none holds a broken character."""
+
+from functools import cache
+from itertools import pairwise
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
+
+from templora.detokenizer import Detokenizer
+from templora.loading import EMBEDDED, load_pretrained
+from templora.testing import ByteTokenizer
+
+BYTES = ByteTokenizer()
+
+
+@cache
+def novelist() -> PreTrainedTokenizerBase:
+    return load_pretrained(EMBEDDED, None, "cpu")[1]
+
+
+# Half a surrogate pair is no text: it has no UTF-8. A replacement character at the very end cannot be told
+# from an unfinished one, so it waits for what comes next.
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40).map(lambda t: t.rstrip("\ufffd"))
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int], before: list[int] | None = None) -> list[str]:
+    detokenizer = Detokenizer(tokenizer, before or [])
+    return [detokenizer.step(token) for token in ids]
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)  # pyright: ignore[reportReturnType]
+
+
+@pytest.mark.parametrize("name", ["bytes", "novelist"])
+@given(text=texts)
+@example(text="naïve – “字” 👩‍👩‍👧 e\u0301")
+@example(text="\ufffd\ufffd x \ufffd.")
+@example(text=" two  spaces \n\n\t and\r\nlines ")
+def test_the_pieces_join_to_the_text(name: str, text: str) -> None:
+    tokenizer = BYTES if name == "bytes" else novelist()
+    ids = encoded(tokenizer, text)
+    assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids, skip_special_tokens=True)
+    if name == "bytes":
+        assert "".join(pieces(tokenizer, ids)) == text
+
+
+@given(text=texts, more=texts)
+def test_a_text_is_continued_where_it_was_left(text: str, more: str) -> None:
+    tokenizer = novelist()
+    before, ids = encoded(tokenizer, text), encoded(tokenizer, more)
+    whole = tokenizer.decode([*before, *ids], skip_special_tokens=True)
+    assert "".join([text, *pieces(tokenizer, ids, before)]) == whole
+
+
+@given(text=texts, cut=st.integers(0, 40))
+@example(text="ab字👧", cut=3)
+def test_a_text_may_be_left_in_the_middle_of_a_character(text: str, cut: int) -> None:
+    ids = encoded(BYTES, text)
+    cut = min(cut, len(ids))
+    assert "".join([*pieces(BYTES, ids[:cut]), *pieces(BYTES, ids[cut:], ids[:cut])]) == text
+
+
+@given(ids=st.lists(st.integers(0, 255), max_size=60), cut=st.integers(0, 60))
+@example(ids=[*[128] * 30, 65], cut=25)
+def test_a_break_changes_nothing_even_among_bytes_that_are_no_character(ids: list[int], cut: int) -> None:
+    whole = pieces(BYTES, ids)
+    assert [*pieces(BYTES, ids[:cut]), *pieces(BYTES, ids[cut:], ids[:cut])] == whole
+
+
+def test_a_character_comes_whole_with_its_last_byte() -> None:
+    assert pieces(BYTES, encoded(BYTES, "a字👧b")) == ["a", "", "", "字", "", "", "", "👧", "b"]
+
+
+def test_special_tokens_are_not_text() -> None:
+    ids = [256, *encoded(BYTES, "ab"), 256, *encoded(BYTES, "c")]
+    assert pieces(BYTES, ids) == ["", "a", "b", "", "c"]
+
+
+@given(st.lists(st.integers(0, 256), max_size=60))
+def test_any_tokens_at_all_give_text_that_has_a_utf_8(ids: list[int]) -> None:
+    for piece in pieces(BYTES, ids):
+        piece.encode()
+
+
+@given(st.lists(st.integers(0, 255), max_size=60))
+def test_bytes_that_are_no_character_do_not_hold_back_what_follows(ids: list[int]) -> None:
+    after = encoded(BYTES, "The end.")
+    assert "".join(pieces(BYTES, [*ids, *after])).endswith("The end.")
+
+
+@given(texts)
+@example("naïve – “字” 👩‍👩‍👧")
+def test_a_tokenizer_without_a_stream_of_its_own_gives_the_same_pieces(text: str) -> None:
+    ids = encoded(BYTES, text)
+    # As it is for a tokenizer written in Python.
+    slow = Detokenizer(BYTES)
+    slow._fast = None  # pyright: ignore[reportPrivateUsage]
+    assert [slow.step(token) for token in ids] == pieces(BYTES, ids)
+
+
+def test_pieces_are_never_taken_back() -> None:
+    ids = encoded(BYTES, "one — two")
+    so_far = ["".join(pieces(BYTES, ids[:stop])) for stop in range(len(ids) + 1)]
+    assert all(later.startswith(earlier) for earlier, later in pairwise(so_far))

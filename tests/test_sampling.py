@@ -1,0 +1,158 @@
+"""The draw: the same seed draws the same, and the filters are those of transformers' own pipeline."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList
+
+from templora.errors import InvalidRecipe
+from templora.sampling import Sampler, Sampling
+from templora.testing import tiny_llama
+
+MODEL = tiny_llama()
+VISIBLE = [1, 2, 3, 3, 9]
+OFF: dict[str, Any] = {"temperature": 1.0, "top_p": None, "repetition_penalty": None}
+
+
+def logits(seed: int) -> Tensor:
+    """[vocab]"""
+    return 3 * torch.randn(257, generator=torch.Generator().manual_seed(seed))
+
+
+def theirs(**settings: Any) -> LogitsProcessorList:
+    """What `model.generate` would use."""
+    config = GenerationConfig(do_sample=True, **settings)
+    return MODEL._get_logits_processor(  # pyright: ignore[reportPrivateUsage]
+        generation_config=config, input_ids_seq_length=len(VISIBLE), device="cpu"
+    )
+
+
+def draws(seed: int, number: int, sampling: Sampling, *, greedy: bool = False) -> list[int]:
+    sampler, processors = Sampler(seed), sampling.processors()
+    return [sampler.draw(logits(i), VISIBLE, processors, greedy=greedy) for i in range(number)]
+
+
+def test_the_same_seed_draws_the_same_and_another_seed_does_not() -> None:
+    first = draws(7, 50, Sampling())
+    torch.manual_seed(1)
+    torch.rand(5)
+    assert draws(7, 50, Sampling()) == first
+    assert draws(8, 50, Sampling()) != first
+
+
+def test_a_draw_leaves_torchs_generator_alone() -> None:
+    before = torch.random.get_rng_state()
+    draws(7, 5, Sampling())
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_greedy_takes_the_likeliest() -> None:
+    expected = [int(logits(i).argmax()) for i in range(20)]
+    assert draws(7, 20, Sampling(**OFF | {"temperature": 0.0}), greedy=True) == expected
+
+
+def test_a_greedy_draw_uses_no_randomness() -> None:
+    sampler = Sampler(7)
+    before = sampler.generator.get_state()
+    sampler.draw(logits(0), VISIBLE, Sampling().processors(), greedy=True)
+    assert torch.equal(sampler.generator.get_state(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_in_half_precision_are_drawn_from_in_full(dtype: torch.dtype) -> None:
+    rounded = logits(3).to(dtype)
+    processors = Sampling().processors()
+    token = Sampler(7).draw(rounded, VISIBLE, processors, greedy=False)
+    assert token == Sampler(7).draw(rounded.float(), VISIBLE, processors, greedy=False)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.7},
+        {"top_k": 5},
+        {"top_k": 1000},
+        {"top_p": 0.6},
+        {"top_p": 1.0},
+        {"min_p": 0.2},
+        {"min_p": 0.0},
+        {"repetition_penalty": 1.3},
+        {"repetition_penalty": 1.0},
+        {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.1},
+    ],
+    ids=str,
+)
+def test_each_filter_does_what_transformers_does(settings: dict[str, float]) -> None:
+    ids = torch.tensor([VISIBLE])
+    # In transformers, a top_k that is not given means 50; 0 leaves it out.
+    given_ = {"top_k": 0, **settings}
+    for seed in range(5):
+        scores = logits(seed).unsqueeze(0)
+        ours = Sampling(**OFF | settings).processors()(ids, scores.clone())
+        assert torch.equal(ours, theirs(**given_)(ids, scores.clone()))
+
+
+def test_the_filters_come_in_transformers_order() -> None:
+    settings: dict[str, Any] = {
+        "temperature": 0.7,
+        "top_k": 40,
+        "top_p": 0.9,
+        "min_p": 0.05,
+        "repetition_penalty": 1.1,
+    }
+    ours = [type(p) for p in Sampling(**settings).processors(banned=[256])]
+    assert ours == [type(p) for p in theirs(**settings, suppress_tokens=[256])]
+
+
+@given(seed=st.integers(0, 1000))
+def test_what_is_banned_is_never_drawn(seed: int) -> None:
+    scores = torch.zeros(257)
+    scores[[5, 6]] = 20.0
+    processors = Sampling(**OFF).processors(banned=[5])
+    assert Sampler(seed).draw(scores, VISIBLE, processors, greedy=False) == 6
+    assert Sampler(seed).draw(scores, VISIBLE, processors, greedy=True) == 6
+
+
+def test_at_temperature_0_only_the_penalty_and_the_ban_remain() -> None:
+    every = Sampling(temperature=0, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=1.2)
+    names = [type(p).__name__ for p in every.processors(banned=[1])]
+    assert names == ["RepetitionPenaltyLogitsProcessor", "SuppressTokensLogitsProcessor"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_k", 0),
+        ("top_k", -3),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_p", float("nan")),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", -1.0),
+        ("repetition_penalty", float("inf")),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused(name: str, value: float) -> None:
+    with pytest.raises(InvalidRecipe, match=f"{name} is {value}; it must be") as caught:
+        Sampling(**{name: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_wishes_win_over_the_models_config_and_that_over_the_defaults() -> None:
+    config = GenerationConfig(temperature=0.5, top_k=7)
+    made = Sampling.of(config, temperature=0.9, min_p=None)
+    assert made == Sampling(temperature=0.9, top_k=7)
+    assert Sampling.of(None) == Sampling()
+
+
+def test_a_wish_of_zero_is_a_wish() -> None:
+    assert Sampling.of(GenerationConfig(temperature=0.5), temperature=0).temperature == 0
