@@ -117,7 +117,12 @@ def test_a_pair_that_is_none_is_refused(pair: str) -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "near"),
-    [("learning_rat", "learning_rate"), ("epoch", "epochs"), ("lora_dropout", "dropout"), ("winow", "window")],
+    [
+        ("learning_rat", "learning_rate"),
+        ("epoch", "epochs"),
+        ("lora_dropout", "dropout"),
+        ("winow", "window"),
+    ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest(wrong: str, near: str, tmp_path: Path) -> None:
     expected = f"unknown recipe key {wrong!r}; the nearest known key is {near!r}"

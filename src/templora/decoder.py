@@ -6,6 +6,7 @@ positions run out, but nothing older than the window is visible).
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -17,9 +18,9 @@ from templora.window import Plan, Span
 
 
 class Decoder:
-    """The window of one text. reuse: keep keys that older adapter versions made."""
+    """The window of one text. adapter None: the bare base. reuse: keep keys of older adapter versions."""
 
-    def __init__(self, base: Base, adapter: Adapter, plan: Plan, *, reuse: bool) -> None:
+    def __init__(self, base: Base, adapter: Adapter | None, plan: Plan, *, reuse: bool) -> None:
         self.base, self.adapter, self.plan, self.reuse = base, adapter, plan, reuse
         capacity = plan.window + plan.chunk
         if reuse:  # room to grow before positions start again from 0
@@ -71,7 +72,7 @@ class Decoder:
 
     def _run(self, ids: Sequence[int], stop: int) -> Tensor:
         cache = self.cache
-        with self.adapter.decoding():
+        with self.adapter.decoding() if self.adapter else nullcontext():
             logits = self.base.last_logits(ids[cache.stop : stop], cache.stop - cache.origin, cache)
-        cache.version = self.adapter.version
+        cache.version = self.adapter.version if self.adapter else 0
         return logits

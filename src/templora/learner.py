@@ -135,7 +135,9 @@ class Learner:
         """One optimiser step; returns the gradient norm before clipping."""
         adapter = self.adapter
         adapter.gradient.zero_()
-        nll.mean().backward()
+        with torch.enable_grad():  # transformers' `generate` calls us with gradients switched off
+            loss = nll.mean()
+        loss.backward()
         norm = float(torch.linalg.vector_norm(adapter.gradient))
         if not norm < float("inf"):
             raise NotFinite("the loss or its gradient is not finite")

@@ -8,18 +8,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from templora.adapter import Adapter
 from templora.base import Base
 from templora.decoder import Decoder
 from templora.recipe import Recipe
-from templora.window import Span
+from templora.window import Plan, Span
 
 
 class Passes:
     """Forward passes over the chunks of one text."""
 
-    def __init__(self, base: Base, decoder: Decoder, recipe: Recipe) -> None:
-        self.base, self.decoder = base, decoder
-        self.window = decoder.plan.window
+    def __init__(self, base: Base, adapter: Adapter, plan: Plan, recipe: Recipe) -> None:
+        reuse = recipe.cache == "reuse"
+        self.base, self.adapter, self.window = base, adapter, plan.window
+        self.decoder = Decoder(base, adapter, plan, reuse=reuse)
+        # The base is measured as the adapter is: the same window, kept in the same way.
+        self._bare = Decoder(base, None, plan, reuse=reuse)
         self._recompute = recipe.context_from == "recompute"
 
     def nll(self, ids: Sequence[int], span: Span, context: int) -> Tensor:
@@ -28,22 +32,30 @@ class Passes:
         The adapter must be attached; gradients flow unless switched off. The context's keys come from the
         cache, or, as in the paper, the context runs along and gets gradients too.
         """
-        labels = ids[span.start : span.stop]
-        if self._recompute:
-            first = max(0, span.start - context)
-            return self.base.nll(ids[first : span.stop - 1], labels)
-        prefix, position = self.decoder.prefix(ids, span, context)
-        nll = self.base.nll(ids[span.start - 1 : span.stop - 1], labels, position, prefix)
-        self.decoder.keep(prefix, span)
-        return nll
+        return self._nll(self.decoder, ids, span, context)
 
     @torch.no_grad()
     def again(self, ids: Sequence[int], span: Span) -> float:
         """Summed NLL of a chunk that was scored before, seeing the same window; nothing is cached."""
-        with self.decoder.adapter.attached():
+        with self.adapter.attached():
             return float(self.base.nll(ids[span.visible : span.stop - 1], ids[span.start : span.stop]).sum())
+
+    def forget(self) -> None:
+        """Drop what is cached, as after the text or the adapter was changed from outside."""
+        self.decoder.forget()
+        self._bare.forget()
 
     @torch.no_grad()
     def base_nll(self, ids: Sequence[int], span: Span) -> float:
         """Summed NLL of the chunk's tokens in nats under the bare base, seeing the window."""
-        return float(self.base.nll(ids[span.visible : span.stop - 1], ids[span.start : span.stop]).sum())
+        return float(self._nll(self._bare, ids, span, self.window).sum())
+
+    def _nll(self, decoder: Decoder, ids: Sequence[int], span: Span, context: int) -> Tensor:
+        labels = ids[span.start : span.stop]
+        if self._recompute:
+            first = max(0, span.start - context)
+            return self.base.nll(ids[first : span.stop - 1], labels)
+        prefix, position = decoder.prefix(ids, span, context)
+        nll = self.base.nll(ids[span.start - 1 : span.stop - 1], labels, position, prefix)
+        decoder.keep(prefix, span)
+        return nll

@@ -5,6 +5,7 @@ A sampler has its own random generator, so a text does not depend on what else d
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from math import inf
 from typing import Any
 
 import torch
@@ -38,12 +39,12 @@ class Sampling:
 
     def __post_init__(self) -> None:
         checks = {
-            "temperature": (self.temperature >= 0, "0 or more"),
-            "top_k": (self.top_k is None or self.top_k >= 1, "1 or more"),
+            "temperature": (0 <= self.temperature < inf, "0 or more"),
+            "top_k": (self.top_k is None or self.top_k >= 0, "0 or more; 0 switches it off"),
             "top_p": (self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (self.min_p is None or 0 <= self.min_p <= 1, "between 0 and 1"),
             "repetition_penalty": (
-                self.repetition_penalty is None or self.repetition_penalty > 0,
+                self.repetition_penalty is None or 0 < self.repetition_penalty < inf,
                 "above 0; 1 switches it off",
             ),
         }
@@ -77,7 +78,7 @@ class Sampling:
 
     def _filters(self) -> list[Any]:
         made: list[Any] = []
-        if self.top_k is not None:
+        if self.top_k:
             made.append(TopKLogitsWarper(self.top_k))
         if self.top_p is not None and self.top_p < 1:
             made.append(TopPLogitsWarper(self.top_p))

@@ -17,7 +17,6 @@ from transformers import LogitsProcessorList
 
 from templora.adapter import Adapter
 from templora.base import Base
-from templora.decoder import Decoder
 from templora.detokenizer import Detokenizer
 from templora.errors import InvalidText, OutOfMemory, SessionClosed
 from templora.events import ChunkScored, ChunkWritten, End, Event, Token, Warned
@@ -62,8 +61,8 @@ class Session:
         self.recipe = wished.model_copy(update={name: getattr(self.plan, name) for name in SIZES})
         self.adapter = Adapter(base.model, self.recipe, seed)
         self.learner = Learner(self.adapter, self.recipe, seed)
-        self.decoder = Decoder(base, self.adapter, self.plan, reuse=self.recipe.cache == "reuse")
-        self.passes = Passes(base, self.decoder, self.recipe)
+        self.passes = Passes(base, self.adapter, self.plan, self.recipe)
+        self.decoder = self.passes.decoder
         self.study = Study(self.passes, self.learner, self.recipe)
         self.sampler = Sampler(seed)
         self.ids: list[int] = []
@@ -116,7 +115,7 @@ class Session:
             base_nll = self.passes.base_nll(self.ids, span) if score_base else None
             with torch.no_grad(), self.adapter.attached():
                 nll = float(self.passes.nll(self.ids, span, self.plan.window).sum())
-        self.decoder.forget()  # the pass above cached keys of a chunk that is still to be learned
+        self.passes.forget()  # what was cached just now belongs to a chunk that is still to be learned
         yield ChunkScored(span.chunk, span.start, span.tokens, nll, base_nll)
 
     def extend(self, ids: Sequence[int], text: str) -> None:
