@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from templora import __version__
-from templora.commands import score, write
+from templora.commands import bench, score, write
 
 app = typer.Typer(
     name="templora",
@@ -15,6 +15,7 @@ app = typer.Typer(
 )
 app.command(help=write.HELP)(write.write)
 app.command(help=score.HELP)(score.score)
+app.add_typer(bench.app, name="bench")
 
 
 @app.callback(invoke_without_command=True)

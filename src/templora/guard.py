@@ -75,11 +75,12 @@ class Guard:
 
     def must_go_back(self, adapted: float, base: float) -> bool:
         """Note a chunk's NLL under both, in nats; whether the adapter has done enough harm."""
-        self.lost = max(0.0, self.lost + adapted - base)
-        if not self.lost <= LARGEST_LOSS:
+        self.lost += adapted - base
+        if not self.lost <= LARGEST_LOSS:  # a loss that is not a number is a loss, too
             self.lost = 0.0
             self.rate /= 2
             return True
+        self.lost = max(0.0, self.lost)
         if adapted < base:
             self.rate = min(1.0, self.rate * RECOVERY)
         return False

@@ -76,10 +76,11 @@ def generate(
 
 
 def _refuse(input_ids: Tensor, config: GenerationConfig) -> None:
-    if input_ids.shape[0] != 1:
-        raise InvalidRecipe("templora.generate writes one text at a time; pass a batch of one")
+    # First: transformers has already repeated the ids for each beam and sequence.
     if (config.num_beams or 1) > 1 or (config.num_return_sequences or 1) > 1:
         raise InvalidRecipe("templora.generate samples; set num_beams and num_return_sequences to 1")
+    if input_ids.shape[0] != 1:
+        raise InvalidRecipe("templora.generate writes one text at a time; pass a batch of one")
 
 
 def _callers_streamer() -> BaseStreamer | None:

@@ -213,6 +213,7 @@ class Session:
             return self.sampler.draw(logits, self.ids[span.visible :], processors, greedy=greedy)
 
     def _finish_full_chunks(self, score_base: bool, clock: float | None = None) -> Iterator[Event]:
+        self._check_open()  # also where a session is discarded while its loop is open
         clock = time.perf_counter() if clock is None else clock
         while len(self.ids) >= (span := self.plan.span(self.chunk)).stop:
             written, seconds = self._written, time.perf_counter() - clock

@@ -1,5 +1,6 @@
 """What commands are given: a base, a recipe, text files. Torch is imported when a base is loaded."""
 
+import lzma
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,9 +29,12 @@ def load_recipe(name: str, pairs: list[str], sizes: dict[str, int | None]) -> Re
 
 
 def text_of(path: Path) -> str:
-    """A text file, UTF-8."""
+    """A text file, UTF-8, plain or compressed (.xz)."""
     try:
-        return decoded(path.read_bytes(), path)
+        data = path.read_bytes()
+        return decoded(lzma.decompress(data) if path.suffix == ".xz" else data, path)
+    except lzma.LZMAError as error:
+        raise InvalidText(f"{path} is not a valid .xz file ({error}); unpack it by hand") from error
     except OSError as error:
         raise InvalidText(f"cannot read {path}: {error.strerror}; check the name") from error
 

@@ -1,7 +1,6 @@
 """`templora score`: how much the adapter knows of a text, measured token by token."""
 
 import json
-import lzma
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from templora.commands.inputs import decoded, load_base, load_recipe
+from templora.commands.inputs import load_base, load_recipe, text_of
 from templora.commands.running import INTERRUPTED, interruptible, one_line_errors, say
-from templora.errors import InvalidText, OutputError, TemploraError
+from templora.errors import OutputError, TemploraError
 
 if TYPE_CHECKING:
     from templora.base import Base
@@ -53,10 +52,10 @@ def score(
     """Score texts."""
     with one_line_errors():
         made = load_recipe(recipe, set_ or [], {"window": window, "chunk": chunk, "context": context})
-        job = _Job(load_base(model, dtype, device), made, seed, tokens, skip, base)
-        results = _Results(json_, resume=resume)
+        job = Job(load_base(model, dtype, device), made, seed, tokens, skip, base)
+        results = Results(json_, resume=resume)
         with interruptible() as interrupted:
-            failed = _score_all(job, files, results, interrupted)
+            failed = score_all(job, files, results, interrupted)
         if plot is not None:
             from templora.bench.plot import plot_by_position
 
@@ -69,7 +68,9 @@ def score(
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class Job:
+    """How each document is scored."""
+
     base: "Base"
     recipe: "Recipe"
     seed: int
@@ -99,7 +100,7 @@ class _Job:
             session.discard()
 
 
-class _Results:
+class Results:
     """Results on disk, one JSON list, written anew after each document so that a stop loses none."""
 
     def __init__(self, path: Path | None, *, resume: bool) -> None:
@@ -110,9 +111,11 @@ class _Results:
             self.done = json.loads(path.read_text("utf-8"))
 
     def has(self, document: str) -> bool:
+        """Whether that document is done."""
         return any(entry["document"] == document for entry in self.done)
 
     def add(self, entry: dict[str, Any]) -> None:
+        """Take in one more result and store them all."""
         self.done.append(entry)
         if self.path is not None:
             with _replacing(self.path) as temporary:
@@ -129,14 +132,14 @@ def _replacing(path: Path) -> Generator[Path]:
         raise OutputError(f"cannot write {path}: {error.strerror}; choose another --json") from error
 
 
-def _score_all(job: _Job, files: list[Path], results: _Results, interrupted: list[int]) -> int:
+def score_all(job: Job, files: list[Path], results: Results, interrupted: list[int]) -> int:
     """Score each file that is not done; returns how many could not be."""
     failed = 0
     for file in files:
         if results.has(str(file)) or interrupted:
             continue
         try:
-            entry = job.run(str(file), _text(file), interrupted)
+            entry = job.run(str(file), text_of(file), interrupted)
         except TemploraError as error:
             # One bad file must not cost the others their results.
             say(f"error: {error}")
@@ -146,16 +149,6 @@ def _score_all(job: _Job, files: list[Path], results: _Results, interrupted: lis
             results.add(entry)
             say(_line(entry))
     return failed
-
-
-def _text(path: Path) -> str:
-    try:
-        data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
-    except lzma.LZMAError as error:
-        raise InvalidText(f"{path} is not a valid .xz file: {error}") from error
-    except OSError as error:
-        raise InvalidText(f"cannot read {path}: {error.strerror}; check the name") from error
-    return decoded(data, path)
 
 
 def _line(entry: dict[str, Any]) -> str:

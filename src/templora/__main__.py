@@ -1,0 +1,5 @@
+"""`python -m templora` is the `templora` command."""
+
+from templora.cli import main
+
+main()

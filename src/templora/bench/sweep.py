@@ -1,0 +1,95 @@
+"""Many recipes on the same texts: one table, the best on top.
+
+A configuration is YAML: `recipe`, `tokens`, `seed`, `set` (keys for all runs) and `runs`, a list of maps from
+key to value; a list as value stands for several runs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from templora.base import Base
+from templora.bench.tables import table
+from templora.errors import InvalidRecipe
+from templora.tasks.score import Scores, score
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What to run: each run's keys are laid over `common`."""
+
+    recipe: str
+    tokens: int | None
+    seed: int
+    common: dict[str, Any]
+    runs: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One run: change of perplexity per text, as fractions; seconds spent learning, over all texts."""
+
+    keys: dict[str, Any]
+    changes: list[float]
+    learn_seconds: float
+
+    @property
+    def mean(self) -> float:
+        """Mean change over the texts."""
+        return sum(self.changes) / len(self.changes)
+
+
+def read(path: Path) -> Sweep:
+    """A sweep from its YAML file.
+
+    Raises:
+        InvalidRecipe: it is not of that form.
+    """
+    try:
+        values: Any = yaml.safe_load(path.read_text("utf-8"))
+        runs = [run for entry in values["runs"] for run in _expanded(entry)]
+        return Sweep(
+            str(values.get("recipe", "default")),
+            values.get("tokens"),
+            int(values.get("seed", 0)),
+            cast(dict[str, Any], values.get("set", {})),
+            runs,
+        )
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidRecipe(f"{path} is not a sweep ({error}); it needs a list under the key runs") from error
+
+
+def run(base: Base, sweep: Sweep, texts: dict[str, str]) -> Iterator[Outcome]:
+    """Run after run; yields each as it ends."""
+    for keys in sweep.runs:
+        scores = [_score(base, sweep, keys, text) for text in texts.values()]
+        changes = [s.change for s in scores if s.change is not None]
+        yield Outcome(keys, changes, sum(s.learn_seconds for s in scores))
+
+
+def _score(base: Base, sweep: Sweep, keys: dict[str, Any], text: str) -> Scores:
+    wishes = {**sweep.common, **keys}
+    return score(base, text, sweep.recipe, tokens=sweep.tokens, seed=sweep.seed, **wishes)
+
+
+def markdown(outcomes: list[Outcome]) -> str:
+    """All runs, the largest gain first."""
+    rows = [
+        [
+            ", ".join(f"{k} {v}" for k, v in o.keys.items()) or "as it is",
+            f"{100 * o.mean:+.2f} %",
+            " ".join(f"{100 * c:+.1f}" for c in o.changes),
+            f"{o.learn_seconds:.0f}",
+        ]
+        for o in sorted(outcomes, key=lambda o: o.mean)
+    ]
+    return table(["run", "mean change", "each text", "s learning"], rows)
+
+
+def _expanded(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    lists = [value if isinstance(value, list) else [value] for value in entry.values()]
+    return [dict(zip(entry, values, strict=True)) for values in product(*lists)]

@@ -1,0 +1,104 @@
+"""`templora bench`: the paper's tables on books, and sweeps over recipes."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from templora.commands.inputs import load_base, text_of
+from templora.commands.running import one_line_errors, say
+from templora.commands.score import Job, Results, score_all
+from templora.errors import InvalidText, OutputError
+
+app = typer.Typer(no_args_is_help=True, help="Benchmarks that you run on your own texts and models.")
+
+
+@app.command()
+def pg19(
+    folder: Annotated[Path, typer.Argument(help="A folder of .txt or .txt.xz books.")],
+    out: Annotated[Path, typer.Option(help="A folder for results, tables and the plot.")],
+    model: Annotated[str, typer.Option(help="novelist, a local folder, or a hub id.")] = "novelist",
+    recipe: Annotated[list[str] | None, typer.Option(help="May be repeated: compared side by side.")] = None,
+    window: Annotated[int | None, typer.Option(help="Window and context of all recipes.")] = None,
+    chunk: Annotated[int | None, typer.Option(help="Chunk of recipe paper; others keep their own.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Score at most so many of each book.")] = None,
+    cost_tokens: Annotated[int, typer.Option(min=0, help="Tokens for the cost table; 0: none.")] = 0,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Perplexity by position and by length, and the cost of a window (resumes where it was stopped)."""
+    from templora.bench import pg19 as bench
+    from templora.bench.plot import plot_by_position
+    from templora.recipe import load as load_recipe
+
+    with one_line_errors():
+        files = _books(folder)
+        _folder(out)
+        pages: list[str] = []
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for name in recipe or ["default"]:
+            wishes: dict[str, Any] = {"window": window, "context": window}
+            if name == "paper":
+                wishes |= {"chunk": chunk, "dropout": 0.0}
+            job = Job(load_base(model, None, None), load_recipe(name, wishes), seed, tokens, 0, True)
+            results = Results(out / f"{Path(name).stem}.json", resume=True)
+            score_all(job, files, results, [])
+            groups[Path(name).stem] = results.done
+            first, last = bench.quarters(results.done)
+            seconds = sum(entry["learn_seconds"] for entry in results.done)
+            pages += [
+                f"## {name}",
+                bench.tables(results.done),
+                f"First quarter {100 * first:+.1f} %, last quarter {100 * last:+.1f} %.",
+                f"Learning took {seconds:.0f} s.",
+            ]
+        plot_by_position(groups, out / "by-position.png")
+        if cost_tokens:
+            rows = bench.cost(model, (recipe or ["default"])[0], text_of(files[0]), cost_tokens, say)
+            pages += ["## Cost of a window", bench.cost_table(rows)]
+        (out / "tables.md").write_text("\n\n".join(pages) + "\n", "utf-8")
+        say(f"tables, results and plot are in {out}")
+
+
+@app.command()
+def sweep(
+    config: Annotated[Path, typer.Argument(help="YAML: recipe, tokens, set, runs.")],
+    texts: Annotated[list[Path], typer.Argument(help="Texts; .jsonl files hold one {title, text} a line.")],
+    out: Annotated[Path, typer.Option(help="A Markdown file for the table.")],
+    model: Annotated[str, typer.Option(help="novelist, a local folder, or a hub id.")] = "novelist",
+) -> None:
+    """Compare recipes on the same texts."""
+    from templora.bench import sweep as bench
+
+    with one_line_errors():
+        plan = bench.read(config)
+        loaded = dict(pair for path in texts for pair in _texts(path))
+        outcomes: list[bench.Outcome] = []
+        for outcome in bench.run(load_base(model, None, None), plan, loaded):
+            outcomes.append(outcome)
+            say(f"{outcome.keys or 'as it is'}: {100 * outcome.mean:+.2f} %, {outcome.learn_seconds:.0f} s")
+            out.write_text(bench.markdown(outcomes) + "\n", "utf-8")
+
+
+def _books(folder: Path) -> list[Path]:
+    from templora.bench.pg19 import books
+
+    files = books(folder) if folder.is_dir() else []
+    if not files:
+        raise InvalidText(f"{folder} holds no .txt or .txt.xz files; give a folder of books")
+    return files
+
+
+def _folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make {path}: {error.strerror}; choose another --out") from error
+
+
+def _texts(path: Path) -> list[tuple[str, str]]:
+    text = text_of(path)
+    if ".jsonl" not in path.name:
+        return [(path.name, text)]
+    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    return [(row["title"], row["text"]) for row in rows]

@@ -1,0 +1,116 @@
+"""Every command and every Python block in README and docs is run here, or listed with the reason why not."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+# Run elsewhere, or not at all here, and why.
+ELSEWHERE = {
+    "make write": "CI runs it through tests/test_make.py",
+    "make test": "CI is it",
+    "make check": "CI runs it",
+    "templora write --read novel-so-far.txt --model Qwen/Qwen3-1.7B-Base --tokens 20000 --out chapter.txt": (
+        "needs a model hub; the same command runs on a local folder in tests/test_cli.py"
+    ),
+}
+TEXT = "The lamp was lit. The sea was calm, and the keeper counted the stairs once more.\n" * 30
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """(page, text) of every fenced block in that language."""
+    return [
+        (page.name, text)
+        for page in PAGES
+        for kind, text in BLOCK.findall(page.read_text("utf-8"))
+        if kind == language
+    ]
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, command) of every line in a bash block."""
+    return [
+        (page, line.strip())
+        for page, text in blocks("bash")
+        for line in text.replace("\\\n", " ").splitlines()
+        if line.strip() and not line.startswith("#") and line.strip() not in ELSEWHERE
+    ]
+
+
+def pages_with_commands() -> list[str]:
+    return sorted({page for page, _ in commands()})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", pages_with_commands())
+def test_every_command_on_the_page_does_what_it_says(page: str, tmp_path: Path) -> None:
+    (tmp_path / "novel-so-far.txt").write_text(TEXT, "utf-8")
+    shim = tmp_path / "bin"
+    shim.mkdir()
+    command = shim / "templora"
+    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m templora "$@"\n')
+    command.chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{shim}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT / "src"),
+    }
+    for _, line in (c for c in commands() if c[0] == page):
+        done = subprocess.run(line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "program"), blocks("python"))
+def test_every_python_block_runs(
+    page: str, program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    import templora
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "novel-so-far.txt").write_text(TEXT, "utf-8")
+    base = templora.load("novelist")
+    ids = torch.tensor([base.encode(TEXT[:200])])
+    program = program.replace("max_new_tokens=2000", "max_new_tokens=80")
+    exec(compile(program, page, "exec"), {"model": base.model, "ids": ids, "templora": templora})
+
+
+def test_what_is_run_elsewhere_still_stands_in_the_docs() -> None:
+    lines = {line.strip() for _, text in blocks("bash") for line in text.splitlines()}
+    assert ELSEWHERE.keys() <= lines
+
+
+def test_every_link_within_the_docs_leads_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text("utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def tracked() -> list[Path]:
+    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [path for name in listed.stdout.split("\0") if name and (path := ROOT / name).exists()]
+
+
+def test_no_file_holds_a_path_of_one_machine_or_the_name_of_a_registry_host() -> None:
+    forbidden = re.compile(
+        "|".join(["/wor" + "k/", "/roo" + "t/", "/tm" + "p/v", "py" + "pi\\.org", "pythonhos" + "ted"])
+    )
+    for path in tracked():
+        if path.suffix not in {".safetensors", ".png", ".json"}:
+            found = forbidden.search(path.read_text("utf-8"))
+            assert not found, f"{path.relative_to(ROOT)} holds {found[0] if found else ''}"
+
+
+def test_no_tracked_file_is_over_thirty_megabytes() -> None:
+    assert [path.name for path in tracked() if path.stat().st_size > 30e6] == []

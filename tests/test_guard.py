@@ -1,0 +1,161 @@
+"""The guard: first its judgement on plain numbers, then real attacks on a real base."""
+
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import templora
+from templora.base import Base
+from templora.events import ChunkLearned, ChunkSkipped, RolledBack, Warned
+from templora.guard import ENOUGH, LARGEST_LOSS, LONGEST_NOISE, Guard, distinct_4
+from templora.tasks.score import Scores, scoring
+from templora.testing import ByteTokenizer, tiny_llama
+
+ROOT = Path(__file__).parent.parent
+VARIED = list(range(400))
+
+
+def settled() -> Guard:
+    """A guard that has seen enough usual chunks, at 4 nats per token."""
+    guard = Guard()
+    for _ in range(ENOUGH):
+        assert guard.reason_to_skip(VARIED, 64, 4.0, None, 0) is None
+    return guard
+
+
+@pytest.mark.parametrize(
+    ("ids", "share"),
+    [([], 1.0), ([1, 2, 3], 1.0), ([1, 2, 3, 4], 1.0), ([7] * 13, 0.1), ([1, 2, 3, 4, 1, 2, 3, 4], 0.8)],
+)
+def test_distinct_4_is_the_share_of_4_grams_that_differ(ids: list[int], share: float) -> None:
+    assert distinct_4(ids) == pytest.approx(share)
+
+
+@given(st.lists(st.integers(0, 5), max_size=60))
+def test_distinct_4_counts_as_a_plain_loop_does(ids: list[int]) -> None:
+    grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
+    assert distinct_4(ids) == (len(set(grams)) / len(grams) if grams else 1.0)
+
+
+def test_noise_is_left_out_and_what_goes_on_for_long_is_the_text() -> None:
+    guard = settled()
+    assert guard.reason_to_skip(VARIED, 64, 4.9, None, 0) is None, "a harder page is not noise"
+    assert guard.reason_to_skip(VARIED, 64, 8.0, None, 0) == "noise"
+    assert guard.reason_to_skip(VARIED, 64, 4.0, None, 0) is None
+    chunks = 0
+    while guard.reason_to_skip(VARIED, 64, 8.0, None, 0) == "noise":
+        chunks += 1
+    assert chunks == LONGEST_NOISE // 64
+
+
+def test_a_score_that_is_not_finite_is_noise_from_the_first_chunk_on() -> None:
+    assert Guard().reason_to_skip(VARIED, 64, math.nan, None, 0) == "noise"
+
+
+def test_own_text_is_learned_only_near_the_base_and_given_text_widens_that() -> None:
+    guard = Guard()
+    assert guard.reason_to_skip(VARIED, 64, 3.0, 3.2, 64) is None
+    assert guard.reason_to_skip(VARIED, 64, 3.0, 3.4, 64) == "drift"
+    assert guard.reason_to_skip(VARIED, 64, 3.0, 3.4, 0) is None, "given text may teach as much as it can"
+    assert guard.reason_to_skip(VARIED, 64, 3.0, 3.4, 64) is None
+
+
+def test_going_back_waits_for_a_loss_that_is_not_chance_and_halves_the_rate() -> None:
+    guard = Guard()
+    assert not any(guard.must_go_back(100 + loss, 100) for loss in (5, -5, 8, -9, 4))
+    losses = [guard.must_go_back(100 + LARGEST_LOSS / 2 + 1, 100) for _ in range(2)]
+    assert losses == [False, True]
+    assert guard.rate == 0.5
+    for _ in range(40):
+        assert not guard.must_go_back(99, 100)
+    assert guard.rate == 1.0
+    assert guard.must_go_back(math.nan, 100)
+
+
+def test_its_state_survives_a_round_trip() -> None:
+    guard, other = settled(), Guard()
+    guard.must_go_back(110, 100)
+    other.load_state(guard.state())
+    assert other == guard
+
+
+def prose(base: Base, tokens: int) -> list[int]:
+    """English that this base has not written: the project's own pages."""
+    pages = [ROOT / "LICENSE", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    ids = base.encode("\n".join(page.read_text("utf-8") for page in pages))
+    assert len(ids) >= tokens
+    return ids[:tokens]
+
+
+def attacked(base: Base, ids: list[int], **changes: object) -> tuple[float, list[object]]:
+    """Change of perplexity against the base over the document, and all events; the base must be untouched."""
+    before = base.fingerprint()
+    session = base.session(seed=1, window=256, context=256, **changes)
+    scores, events = Scores(), list[object]()
+    for event in scoring(session, ids):
+        scores.take(event)
+        events.append(event)
+    session.discard()
+    assert base.fingerprint() == before
+    assert scores.change is not None
+    return scores.change, events
+
+
+@pytest.fixture(scope="module")
+def novelist() -> Base:
+    return templora.load("novelist")
+
+
+@pytest.mark.slow
+def test_a_rate_a_hundred_times_too_high_costs_at_most_one_percent(novelist: Base) -> None:
+    change, events = attacked(novelist, prose(novelist, 3000), learning_rate=0.1)
+    assert change <= 0.01
+    assert any((isinstance(e, ChunkLearned) and e.share < 1) or isinstance(e, RolledBack) for e in events)
+    unguarded, _ = attacked(novelist, prose(novelist, 1000), learning_rate=0.1, guard=False)
+    assert unguarded > 0.5, "the attack is harmless, so the test above proves nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["random bytes", "one word"])
+def test_garbage_in_the_middle_costs_at_most_one_percent_and_the_text_after_it_still_gains(
+    novelist: Base, kind: str
+) -> None:
+    if kind == "random bytes":
+        draw = random.Random(0)
+        garbage = novelist.encode(bytes(draw.randrange(256) for _ in range(10_000)).decode("latin-1"))[:4000]
+    else:
+        garbage = novelist.encode(" never" * 5000)[:4000]
+    ids = prose(novelist, 3000)
+    change, events = attacked(novelist, ids[:1500] + garbage + ids[1500:])
+    assert change <= 0.01
+    assert any(isinstance(e, ChunkSkipped) for e in events)
+    scored = [e for e in events if e.kind == "chunk_scored"]
+    after = [e for e in scored if e.start > 1500 + len(garbage)]
+    gain = sum(e.base_nll - e.adapted_nll for e in after)
+    assert gain > -0.01 * sum(e.tokens for e in after)
+
+
+def test_nan_gradients_drop_the_update_and_the_text_goes_on() -> None:
+    base = templora.load(model=tiny_llama(), tokenizer=ByteTokenizer())
+    session = base.session(seed=1, window=32, chunk=16, context=32)
+    ids = base.encode((ROOT / "CONTRIBUTING.md").read_text("utf-8"))[:400]
+    broken = iter([False, False, True, False])
+    norm = base.model.model.norm
+
+    def spoil(_: torch.nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
+        return output * torch.nan if output.requires_grad and next(broken, False) else output
+
+    handle = norm.register_forward_hook(spoil)
+    events = list(scoring(session, ids))
+    handle.remove()
+    assert [e.kind for e in events].count("warning") + [e.kind for e in events].count("chunk_skipped") == 1
+    assert any(isinstance(e, Warned | ChunkSkipped) for e in events)
+    assert bool(torch.isfinite(session.adapter.flat).all())
+    learned = [e for e in events if isinstance(e, ChunkLearned)]
+    assert [e.version for e in learned] == list(range(1, len(learned) + 1))
+    assert len(learned) > 10

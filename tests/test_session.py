@@ -1,0 +1,457 @@
+"""One text in time: the same seed, the same text, however its loop is left, cut or interleaved."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import templora
+from templora.base import Base
+from templora.errors import InvalidText, OutOfMemory, SessionClosed
+from templora.events import (
+    ChunkLearned,
+    ChunkScored,
+    ChunkWritten,
+    End,
+    Event,
+    Token,
+    Warned,
+)
+from templora.session import Session
+from templora.testing import ByteTokenizer, ScriptedModel, tiny_llama
+
+PROSE = "The lighthouse keeper climbed the stairs each evening, counting them aloud."
+SIZES: dict[str, Any] = {"window": 40, "chunk": 16, "context": 40}
+# Small enough that many chunks pass in a test, and fast enough that a version more or less shows in the text.
+FAST: dict[str, Any] = SIZES | {"learning_rate": 5e-3, "guard": False, "warmup_chunks": 0}
+MODEL = tiny_llama(initializer_range=0.2)
+BASE = templora.load(model=MODEL, tokenizer=ByteTokenizer())
+FIXED = torch.arange(1, 30).unsqueeze(0)
+KINDS = pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"cache": "reuse"},
+        {"context_from": "recompute"},
+        {"dropout": 0.1, "epochs": 2},
+        {"context": 20},
+        {"guard": True},
+    ],
+    ids=str,
+)
+
+
+def session(seed: int = 7, base: Base = BASE, **changes: Any) -> Session:
+    """A session that has read PROSE."""
+    made = base.session("default", seed=seed, **(FAST | changes))
+    made.read(PROSE)
+    return made
+
+
+def text_after(made: Session, *numbers: int, **wishes: Any) -> str:
+    for tokens in numbers:
+        for _ in made.write(tokens, **wishes):
+            pass
+    return made.text
+
+
+def timeless(events: Iterator[Event] | list[Event]) -> list[dict[str, Any]]:
+    """Events without what a clock says."""
+    return [{k: v for k, v in event.as_dict().items() if k != "seconds"} for event in events]
+
+
+@KINDS
+def test_the_same_seed_gives_the_same_text_and_another_does_not(kind: dict[str, Any]) -> None:
+    first, again, other = session(**kind), session(**kind), session(seed=8, **kind)
+    assert text_after(first, 60) == text_after(again, 60)
+    assert first.ids == again.ids
+    assert torch.equal(first.adapter.flat, again.adapter.flat)
+    assert text_after(other, 60) != first.text
+
+
+def test_the_same_seed_gives_the_same_events() -> None:
+    first, again = (timeless(session().write(60)) for _ in range(2))
+    assert first == again
+
+
+def test_streamed_token_by_token_or_all_at_once_the_text_is_the_same() -> None:
+    streamed = session()
+    pieces: list[str] = []
+    for event in streamed.write(80):
+        if isinstance(event, Token):
+            pieces.append(event.text)
+            assert streamed.text == PROSE + "".join(pieces)
+    whole = session()
+    list(whole.write(80))
+    assert streamed.text == whole.text == PROSE + "".join(pieces)
+
+
+def test_what_else_draws_random_numbers_does_not_matter() -> None:
+    made = session(dropout=0.1)
+    torch.manual_seed(99)
+    for _ in made.write(60):
+        torch.rand(3)
+    assert made.text == text_after(session(dropout=0.1), 60)
+
+
+def test_a_session_leaves_torchs_generator_alone() -> None:
+    before = torch.random.get_rng_state()
+    text_after(session(dropout=0.1), 40)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@KINDS
+def test_writing_twice_is_writing_once(kind: dict[str, Any]) -> None:
+    whole, halves = session(**kind), session(**kind)
+    text_after(whole, 70)
+    text_after(halves, 29, 0, 41)
+    assert halves.ids == whole.ids
+    assert halves.text == whole.text
+    assert torch.equal(halves.adapter.flat, whole.adapter.flat)
+
+
+@settings(max_examples=15)
+@given(cuts=st.lists(st.integers(1, 60), max_size=6))
+@example(cuts=[1])
+def test_reading_in_pieces_is_reading_at_once(cuts: list[int]) -> None:
+    whole, pieces = BASE.session(seed=7, **FAST), BASE.session(seed=7, **FAST)
+    expected = timeless(whole.reading(PROSE))
+    events: list[Event] = []
+    rest = PROSE
+    for cut in cuts:
+        if piece := rest[:cut]:
+            events += pieces.reading(piece)
+        rest = rest[cut:]
+    if rest:
+        events += pieces.reading(rest)
+    assert timeless(events) == expected
+    assert pieces.ids == whole.ids
+    assert pieces.text == whole.text == PROSE
+    assert torch.equal(pieces.adapter.flat, whole.adapter.flat)
+
+
+def test_reading_scores_each_token_but_the_first_once_until_a_chunk_is_full() -> None:
+    made = BASE.session(seed=7, **FAST)
+    events = list(made.reading(PROSE))
+    scored = [e for e in events if isinstance(e, ChunkScored)]
+    # One token more than the text: what the base puts before any text.
+    assert len(made.ids) == 1 + len(PROSE)
+    assert [(e.chunk, e.start, e.tokens) for e in scored] == [
+        (n, 1 + 16 * n, 16) for n in range(len(PROSE) // 16)
+    ]
+    assert [type(e) for e in events[:2]] == [ChunkScored, ChunkLearned]
+
+
+def test_reading_says_what_it_came_to() -> None:
+    made = BASE.session(seed=7, **FAST)
+    reading = made.read(PROSE, score_base=True)
+    assert reading.tokens == 1 + len(PROSE)
+    assert reading.scored_tokens == len(PROSE) // 16 * 16
+    assert reading.base_perplexity is not None
+    assert reading.adapted_perplexity is not None
+    short = made.read("ab")
+    assert (short.tokens, short.scored_tokens, short.adapted_perplexity) == (2, 0, None)
+
+
+def test_what_was_read_and_not_learned_is_learned_when_its_chunk_is_full() -> None:
+    made = session()
+    waiting = (len(made.ids) - 1) % 16
+    events = list(made.write(16))
+    written = next(e for e in events if isinstance(e, ChunkWritten))
+    assert 0 < waiting < 16
+    assert (written.tokens, written.written) == (16, 16 - waiting)
+
+
+def test_a_chunk_is_written_scored_learned_in_this_order() -> None:
+    events = [type(e) for e in session().write(40) if not isinstance(e, Token)]
+    cycle = [ChunkWritten, ChunkScored, ChunkLearned]
+    assert events[:-1] == cycle * (len(events) // 3)
+    assert events[-1] is End
+
+
+def test_the_end_says_what_happened() -> None:
+    made = session()
+    *events, end = list(made.write(40))
+    assert isinstance(end, End)
+    scored = [e for e in events if isinstance(e, ChunkScored)]
+    assert (end.reason, end.tokens) == ("tokens", 40)
+    assert end.scored_tokens == sum(e.tokens for e in scored)
+    assert sum(isinstance(e, Token) for e in events) == 40
+    assert [e.index for e in events if isinstance(e, Token)] == list(range(len(made.ids) - 40, len(made.ids)))
+
+
+def test_nothing_to_write_writes_nothing() -> None:
+    made = session()
+    (end,) = list(made.write(0))
+    assert isinstance(end, End)
+    assert (end.tokens, made.text) == (0, PROSE)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda made: made.write(3),
+        lambda made: list(made.write(3)),
+        lambda made: made.read("more"),
+        lambda made: list(made.reading("more")),
+    ],
+)
+def test_after_a_discard_any_use_is_refused_and_the_text_stays(use: Any) -> None:
+    made = session()
+    made.discard()
+    with pytest.raises(SessionClosed, match="make a new one"):
+        use(made)
+    assert made.text == PROSE
+    made.discard()
+
+
+def test_a_loop_that_is_open_when_its_session_is_discarded_is_refused() -> None:
+    made = session()
+    loop = made.write(40)
+    next(loop)
+    made.discard()
+    with pytest.raises(SessionClosed):
+        list(loop)
+    assert torch.equal(BASE.model(FIXED).logits, MODEL(FIXED).logits)
+
+
+@KINDS
+def test_two_sessions_on_one_base_do_not_know_of_each_other(kind: dict[str, Any]) -> None:
+    alone = [text_after(session(seed, **kind), 50) for seed in (1, 2)]
+    pair = [session(seed, **kind) for seed in (1, 2)]
+    loops = [made.write(50) for made in pair]
+    while any([next(loop, None) for loop in loops]):
+        pass
+    assert [made.text for made in pair] == alone
+
+
+def test_a_session_after_another_finds_a_fresh_base() -> None:
+    first = text_after(session(), 40)
+    one = session(seed=3)
+    text_after(one, 40)
+    one.discard()
+    assert text_after(session(), 40) == first
+
+
+@settings(max_examples=12)
+@given(
+    stops=st.lists(st.integers(1, 30), min_size=1, max_size=3), kind=st.sampled_from(["reuse", "recompute"])
+)
+def test_the_loop_may_be_left_at_any_event_and_taken_up_again(stops: list[int], kind: str) -> None:
+    left = session(cache=kind)
+    before = len(left.ids)
+    for stop in stops:
+        with closing(left.write(100)) as loop:
+            for _ in islice(loop, stop):
+                pass
+    written = len(left.ids) - before
+    whole = session(cache=kind)
+    text_after(whole, written + 20)
+    text_after(left, 20)
+    assert left.ids == whole.ids
+    assert left.text == whole.text
+    assert torch.equal(left.adapter.flat, whole.adapter.flat)
+
+
+@settings(max_examples=10)
+@given(stop=st.integers(1, 20))
+def test_reading_may_be_left_at_any_event_and_is_finished_by_what_comes_next(stop: int) -> None:
+    left, whole = (BASE.session(seed=7, **FAST) for _ in range(2))
+    with closing(left.reading(PROSE)) as loop:
+        for _ in islice(loop, stop):
+            pass
+    whole.read(PROSE)
+    assert text_after(left, 20) == text_after(whole, 20)
+    assert torch.equal(left.adapter.flat, whole.adapter.flat)
+
+
+@KINDS
+def test_between_two_events_the_model_is_bare(kind: dict[str, Any]) -> None:
+    with torch.no_grad():
+        bare = MODEL(FIXED).logits
+        modules = dict(MODEL.named_modules())
+        made = BASE.session("default", seed=7, **(FAST | kind))
+        seen = 0
+        for event in made.reading(PROSE):
+            seen += 1
+            assert torch.equal(MODEL(FIXED).logits, bare), event
+        for event in made.write(30):
+            seen += 1
+            assert torch.equal(MODEL(FIXED).logits, bare), event
+            assert dict(MODEL.named_modules()) == modules
+        assert made.adapter.version > 2
+        assert seen > 30
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])
+def test_what_the_caller_does_with_gradients_does_not_matter(context: Any) -> None:
+    with context():
+        made = session()
+        enabled = torch.is_grad_enabled()
+        for _ in made.write(40):
+            assert torch.is_grad_enabled() == enabled
+    assert made.text == text_after(session(), 40)
+
+
+def alphabet() -> Base:
+    """Writes the bytes of "abcdefghij" round and round, with an end of the document after "j"."""
+    tokenizer = ByteTokenizer()
+    ids = [*tokenizer.encode("abcdefghij", add_special_tokens=False), 256]
+    circle = dict(zip(ids, [*ids[1:], ids[0]], strict=True))
+    return templora.load(model=ScriptedModel(circle), tokenizer=tokenizer)
+
+
+PLAIN: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("stop", "written"),
+    [(["d"], "bcd"), (["cde"], "bcde"), (["x", "ef"], "bcdef"), (["bcdefghi"], "bcdefghi")],
+)
+def test_a_stop_string_ends_the_text_after_it(stop: list[str], written: str) -> None:
+    made = alphabet().session(seed=1, **FAST)
+    made.extend(made.base.encode("a"), "a")
+    *_, end = list(made.write(40, stop=stop, **PLAIN))
+    assert isinstance(end, End)
+    assert (end.reason, end.tokens) == ("stop", len(written))
+    assert made.text == "a" + written
+
+
+def test_a_stop_string_in_the_prompt_does_not_count() -> None:
+    made = alphabet().session(seed=1, **FAST)
+    made.extend(made.base.encode("bca"), "bca")
+    *_, end = list(made.write(4, stop=["ca", "ab"], **PLAIN))
+    assert isinstance(end, End)
+    assert end.reason == "tokens"
+
+
+def test_a_document_ends_where_the_model_ends_it_if_that_is_wished() -> None:
+    made = alphabet().session(seed=1, **FAST)
+    made.extend(made.base.encode("a"), "a")
+    *_, end = list(made.write(40, stop_at_eos=True, **PLAIN))
+    assert isinstance(end, End)
+    assert (end.reason, end.tokens) == ("eos", 9)
+    assert made.text == "abcdefghij"
+    assert 256 not in made.ids[1:]
+
+
+def test_otherwise_the_end_is_never_drawn() -> None:
+    made = alphabet().session(seed=1, **FAST)
+    made.extend(made.base.encode("a"), "a")
+    *_, end = list(made.write(40, **PLAIN))
+    assert isinstance(end, End)
+    assert (end.reason, end.tokens) == ("tokens", 40)
+    assert 256 not in made.ids[1:]
+
+
+def test_temperature_0_does_not_depend_on_the_seed_of_sampling() -> None:
+    texts = {text_after(session(learning_rate=0.0, seed=seed), 30, temperature=0.0) for seed in (1, 2, 3)}
+    assert len(texts) == 1
+
+
+def test_an_empty_text_is_refused_and_an_empty_prompt_begins_where_the_base_does() -> None:
+    made = BASE.session(seed=1, **FAST)
+    with pytest.raises(InvalidText, match="at least one character"):
+        made.read("")
+    assert made.ids == []
+    text_after(made, 5)
+    assert made.ids[0] == 256
+    assert len(made.ids) == 6
+    bare = templora.load(model=tiny_llama()).session(seed=1, **FAST)
+    with pytest.raises(InvalidText, match="give a prompt"):
+        bare.write(5)
+
+
+class NaNOnce:
+    """A forward hook that spoils the hidden states of one training pass."""
+
+    def __init__(self) -> None:
+        self.left = 1
+
+    def __call__(self, _module: object, _inputs: object, output: Any) -> None:
+        if torch.is_grad_enabled() and output.last_hidden_state.requires_grad and self.left:
+            self.left -= 1
+            output.last_hidden_state = output.last_hidden_state * float("nan")
+
+
+@pytest.mark.parametrize("guard", [False, True])
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_loss_that_is_not_a_number_drops_the_update_and_the_text_goes_on(guard: bool, epochs: int) -> None:
+    # A context of its own makes the learning pass another one than the pass that scores.
+    made = session(guard=guard, epochs=epochs, context=20)
+    weights, version = made.adapter.snapshot(), made.adapter.version
+    handle = MODEL.model.register_forward_hook(NaNOnce())
+    try:
+        loop = made.write(60)
+        warning = next(e for e in loop if isinstance(e, Warned))
+        assert warning.code == "not_finite"
+        assert "the update was dropped, the text goes on" in warning.message
+        assert torch.equal(made.adapter.flat, weights)
+        assert made.adapter.version == version
+        rest = list(loop)
+    finally:
+        handle.remove()
+    # What the guard makes of the model's own text is for its own tests.
+    assert guard or any(isinstance(e, ChunkLearned) for e in rest)
+    assert isinstance(rest[-1], End)
+    assert torch.isfinite(made.adapter.flat).all()
+
+
+def test_a_pass_that_both_scores_and_teaches_may_fail_too() -> None:
+    made = session()
+    handle = MODEL.model.register_forward_hook(NaNOnce())
+    try:
+        events = list(made.write(60))
+    finally:
+        handle.remove()
+    assert [e.code for e in events if isinstance(e, Warned)] == ["not_finite"]
+    assert torch.isfinite(made.adapter.flat).all()
+    assert any(isinstance(e, ChunkLearned) for e in events)
+
+
+def test_out_of_memory_says_what_to_lower_and_the_session_can_go_on() -> None:
+    made, once = session(), [True]
+
+    def no_memory(*_: object) -> None:
+        if once and torch.is_grad_enabled():
+            once.clear()
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+
+    handle = MODEL.model.register_forward_hook(no_memory)
+    try:
+        with pytest.raises(OutOfMemory, match="at window 40, chunk 16, context 40; lower chunk or context"):
+            list(made.write(40))
+    finally:
+        handle.remove()
+    written = len(made.ids)
+    text_after(made, 40)
+    assert len(made.ids) == written + 40
+    whole = session()
+    text_after(whole, len(made.ids) - len(whole.ids))
+    assert made.ids == whole.ids
+    assert torch.equal(made.adapter.flat, whole.adapter.flat)
+
+
+def test_sizes_that_nobody_fixed_are_fitted_and_that_is_said_once() -> None:
+    made = BASE.session("paper", seed=1)
+    assert made.plan.window + made.plan.chunk <= 128
+    warnings = [e for e in made.reading(PROSE * 4) if isinstance(e, Warned)]
+    assert [w.code for w in warnings] == ["fitted"]
+    assert "128 positions" in warnings[0].message
+    assert not [e for e in made.write(5) if isinstance(e, Warned)]
+
+
+def test_a_base_without_a_tokenizer_works_with_ids() -> None:
+    base = templora.load(model=MODEL)
+    made = base.session(seed=7, **FAST)
+    made.extend([5, 6, 7], "")
+    events = list(made.write(30))
+    assert made.ids[:3] == [5, 6, 7]
+    assert len(made.ids) == 33
+    assert {e.text for e in events if isinstance(e, Token)} == {""}
+    assert made.text == ""
