@@ -147,14 +147,14 @@ def test_nan_gradients_drop_the_update_and_the_text_goes_on() -> None:
     broken = iter([False, False, True, False])
     norm = base.model.model.norm
 
-    def spoil(_: torch.nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
-        return output * torch.nan if output.requires_grad and next(broken, False) else output
+    def spoil(_: torch.nn.Module, __: object, output: torch.Tensor) -> None:
+        if output.requires_grad and next(broken, False):
+            output.register_hook(lambda gradient: gradient * torch.nan)
 
     handle = norm.register_forward_hook(spoil)
     events = list(scoring(session, ids))
     handle.remove()
-    assert [e.kind for e in events].count("warning") + [e.kind for e in events].count("chunk_skipped") == 1
-    assert any(isinstance(e, Warned | ChunkSkipped) for e in events)
+    assert [e.code for e in events if isinstance(e, Warned)] == ["not_finite"]
     assert bool(torch.isfinite(session.adapter.flat).all())
     learned = [e for e in events if isinstance(e, ChunkLearned)]
     assert [e.version for e in learned] == list(range(1, len(learned) + 1))
