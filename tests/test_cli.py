@@ -56,14 +56,20 @@ def templora_write(*args: object) -> Result:
     return CliRunner().invoke(app, ["write", *map(str, args)])
 
 
-def command(*args: object, **env: str) -> list[str]:
+def command(*args: object) -> list[str]:
     """`templora …` as another process would start it."""
     return [sys.executable, "-m", "templora", *map(str, args)]
 
 
 def plain_screen() -> dict[str, str]:
     """A terminal of 100 columns that knows no colour."""
-    return {**os.environ, "TERMINAL_WIDTH": "100", "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
+    return {
+        **os.environ,
+        "TERMINAL_WIDTH": "100",
+        "COLUMNS": "100",
+        "NO_COLOR": "1",
+        "_TYPER_FORCE_DISABLE_TERMINAL": "1",
+    }
 
 
 def said(*args: object) -> str:
@@ -252,14 +258,14 @@ def test_a_model_that_cannot_work_is_one_line(kind: str, reason: str, tmp_path: 
             ["--window", "120", "--chunk", "16"],
             "window 120 + chunk 16 exceed the 128 positions of this base; the largest window is 112",
         ),
-        (["--window", "0"], "window"),
+        (["--window", "0"], "recipe key window: "),
         (["--temperature", "-1"], "temperature is -1.0; it must be 0 or more"),
         (["--top-p", "2"], "top_p is 2.0; it must be above 0 and at most 1"),
         (["--dtype", "float99"], "no dtype 'float99'; choose float32"),
-        (["--device", "nowhere"], "nowhere"),
+        (["--device", "nowhere"], "cannot use device 'nowhere' ("),
         (["--out", "{tmp}/there.txt"], "{tmp}/there.txt exists and is never overwritten"),
         (["--out", "{tmp}/no/folder/out.txt"], "cannot write to {tmp}/no/folder/out.txt: No such file"),
-        (["--out", "{tmp}"], "{tmp}"),
+        (["--out", "{tmp}"], "{tmp} exists and is never overwritten"),
         (["--prompt-file", "{tmp}/there.txt"], "a prompt and --prompt-file were both given"),
         (["--read", "{tmp}/missing.txt"], "cannot read {tmp}/missing.txt: No such file"),
         (["--read", "{tmp}"], "cannot read {tmp}: Is a directory"),
@@ -366,8 +372,27 @@ def test_a_disk_that_is_full_loses_nothing_that_was_written(tiny: str, tmp_path:
     assert whole.read_bytes().startswith(out.read_bytes())
 
 
-def start(*args: object) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+@contextmanager
+def started(*args: object) -> Iterator["subprocess.Popen[bytes]"]:
+    """`templora …` in a process of its own, at work until something stops it."""
+    with subprocess.Popen(
+        command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def first_bytes(process: "subprocess.Popen[bytes]", number: int) -> bytes:
+    """At least so many bytes of what it prints."""
+    assert process.stdout is not None
+    data = b""
+    while len(data) < number:
+        piece = process.stdout.read(number)
+        assert piece, "it ended early"
+        data += piece
+    return data
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
@@ -375,11 +400,10 @@ def test_ctrl_c_stops_after_the_token_and_the_last_line_says_how_to_go_on(
     number: int, tiny: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.txt"
-    process = start("write", PROMPT, "--model", tiny, *SIZES, "--tokens", 1_000_000, "--out", out)
-    assert process.stdout is not None
-    first = process.stdout.read(len(PROMPT) + 50)
-    process.send_signal(number)
-    rest, errors = process.communicate()
+    with started("write", PROMPT, "--model", tiny, *SIZES, "--tokens", 1_000_000, "--out", out) as process:
+        first = first_bytes(process, len(PROMPT) + 50)
+        process.send_signal(number)
+        rest, errors = process.communicate()
     assert process.returncode == 130
     assert out.read_bytes() == first + rest
     assert out.read_bytes().decode().startswith(PROMPT)
@@ -392,12 +416,12 @@ def test_ctrl_c_stops_after_the_token_and_the_last_line_says_how_to_go_on(
 @pytest.mark.slow
 def test_a_reader_that_goes_away_ends_the_text_without_a_complaint(tiny: str, tmp_path: Path) -> None:
     out = tmp_path / "out.txt"
-    process = start("write", PROMPT, "--model", tiny, *SIZES, "--tokens", 1_000_000, "--out", out)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    first = process.stdout.read(len(PROMPT) + 20)
-    process.stdout.close()
-    errors = process.stderr.read()
-    assert process.wait() == 1
+    with started("write", PROMPT, "--model", tiny, *SIZES, "--tokens", 1_000_000, "--out", out) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        first = first_bytes(process, len(PROMPT) + 20)
+        process.stdout.close()
+        errors = process.stderr.read()
+        assert process.wait() == 1
     assert errors == b""
     assert out.read_bytes().startswith(first)

@@ -59,8 +59,9 @@ def test_a_score_that_is_not_finite_is_noise_from_the_first_chunk_on() -> None:
 
 def test_own_text_is_learned_only_near_the_base_and_given_text_widens_that() -> None:
     guard = Guard()
-    assert guard.reason_to_skip(VARIED, 64, 3.0, 3.2, 64) is None
-    assert guard.reason_to_skip(VARIED, 64, 3.0, 3.4, 64) == "drift"
+    assert guard.reason_to_skip(VARIED, 64, 3.0, 3.1, 64) is None
+    assert guard.reason_to_skip(VARIED, 64, 3.0, 3.8, 64) == "drift"
+    assert guard.shrinking(3.0, 3.8) == pytest.approx(0.5), "a quarter of the KL is half of the scale"
     assert guard.reason_to_skip(VARIED, 64, 3.0, 3.4, 0) is None, "given text may teach as much as it can"
     assert guard.reason_to_skip(VARIED, 64, 3.0, 3.4, 64) is None
 

@@ -120,6 +120,12 @@ class Adapter:
         self.version += 1
         self._merged_version = None
 
+    @torch.no_grad()
+    def shrink(self, factor: float) -> None:
+        """Move towards the base: all it adds is scaled by that factor. A new version."""
+        self.b.mul_(factor)
+        self.updated()
+
     def save(self, folder: str | Path) -> None:
         """Write it in PEFT's format: `PeftModel.from_pretrained(model, folder)` loads it.
 

@@ -30,4 +30,4 @@ def options(
 
 def main() -> None:
     """The `templora` command."""
-    app()
+    app(prog_name="templora")

@@ -5,8 +5,9 @@ Four ways to go wrong, four rules:
 
 1. A chunk that is not like its text (noise) is left out, unless it goes on so long that it is the text.
 2. A chunk that repeats itself is left out: learned, a loop becomes permanent (arXiv 2206.02369).
-3. The model's own text is learned only while the adapter stays close to the base. Own tokens are drawn from
-   the adapter, so base NLL minus adapted NLL on them estimates KL(adapter || base).
+3. The model's own text is learned only while the adapter stays close to the base; past that the adapter is
+   pulled back. Own tokens are drawn from the adapter, so base NLL minus adapted NLL on them estimates
+   KL(adapter || base).
 4. An adapter that does worse than the base on text it had not learned goes back to its last good version.
 """
 
@@ -23,7 +24,7 @@ LEAST_SPREAD = 0.25  # nats per token: a text calmer than this has no outliers b
 LONGEST_NOISE = 16_384  # tokens: what goes on for longer is not noise but the text
 LOOK_BACK = 256  # tokens in which repetition is sought
 LEAST_DISTINCT = 0.5  # share of 4-grams that differ; prose has above 0.9
-OWN_DRIFT = 0.3  # nats per token that own text may move the adapter from the base
+OWN_DRIFT = 0.2  # nats per token that own text may move the adapter from the base
 LARGEST_LOSS = 30.0  # nats, added up over chunks, that the adapter may lose against the base
 RECOVERY = 1.05  # a learning rate that was lowered comes back by this factor at each chunk that gains
 SHADOW_EVERY = 8  # chunks between two looks at the base where nobody else asks for its score
@@ -84,6 +85,11 @@ class Guard:
         if adapted < base:
             self.rate = min(1.0, self.rate * RECOVERY)
         return False
+
+    def shrinking(self, adapted: float, base: float | None) -> float:
+        """By which factor an adapter that has drifted must shrink to be as near as it may be."""
+        assert base is not None, "drift is seen against the base alone"
+        return (self.allowed / (base - adapted)) ** 0.5
 
     @property
     def is_good(self) -> bool:

@@ -26,7 +26,7 @@ def load_pretrained(
     name: str, dtype: str | None, device: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of that name; see `templora.load`."""
-    place = _place(name)
+    place, target = _place(name), _device(device)
     config = _read(name, AutoConfig.from_pretrained, place)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "AutoModelForCausalLM" not in (
         getattr(config, "auto_map", None) or {}
@@ -36,7 +36,6 @@ def load_pretrained(
         )
     tokenizer = _read(name, AutoTokenizer.from_pretrained, place)
     model = _read(name, AutoModelForCausalLM.from_pretrained, place, dtype=_dtype(dtype))
-    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return _moved(model, dtype, target), tokenizer
     except torch.OutOfMemoryError as error:
@@ -62,6 +61,17 @@ def _place(name: str) -> str:
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelNotFound(f"{name} holds no config.json; give the folder of a Hugging Face model")
     return str(folder) if folder.is_dir() else name
+
+
+def _device(name: str | None) -> str:
+    """The device of that name, or the best there is; refused before a model is read."""
+    target = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UnsupportedModel(f"cannot use device {target!r} ({reason}); choose cpu or cuda") from error
+    return target
 
 
 def _dtype(name: str | None) -> str | torch.dtype:

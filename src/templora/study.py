@@ -69,6 +69,9 @@ class Study:
                 return [*events, back]
             per_token = (adapted / span.tokens, None if base is None else base / span.tokens)
             reason = self.guard.reason_to_skip(ids[: span.stop], span.tokens, *per_token, written)
+            if reason == "drift":
+                # What a LoRA update adds grows with its scale, and KL with the square of that.
+                self.adapter.shrink(self.guard.shrinking(*per_token))
             if reason is not None:
                 return [*events, ChunkSkipped(*place, reason)]
         started = time.perf_counter() - spent

@@ -2,7 +2,7 @@
 
 import lzma
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from templora import recipe
 from templora.errors import InvalidText
@@ -10,6 +10,8 @@ from templora.recipe import Recipe
 
 if TYPE_CHECKING:
     from templora.base import Base
+    from templora.sampling import Sampling
+    from templora.session import Session
 
 
 def load_base(model: str, dtype: str | None, device: str | None) -> "Base":
@@ -26,6 +28,13 @@ def load_base(model: str, dtype: str | None, device: str | None) -> "Base":
 def load_recipe(name: str, pairs: list[str], sizes: dict[str, int | None]) -> Recipe:
     """A recipe by name or file, with --set pairs and sizes over it."""
     return recipe.load(name, recipe.parse_pairs(pairs) | {k: v for k, v in sizes.items() if v is not None})
+
+
+def sampling_for(session: "Session", wishes: dict[str, Any]) -> "Sampling":
+    """How to draw: the wishes over the base's own generation config."""
+    from templora.sampling import Sampling
+
+    return Sampling.of(session.base.model.generation_config, **wishes)
 
 
 def text_of(path: Path) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from templora.commands.inputs import load_base, load_recipe, text_of
+from templora.commands.inputs import load_base, load_recipe, sampling_for, text_of
 from templora.commands.running import INTERRUPTED, interruptible, one_line_errors, say
 from templora.errors import InvalidText
 
@@ -75,7 +75,13 @@ def write(
             load_recipe(recipe, set_ or [], {"window": window, "chunk": chunk, "context": context}),
             seed=seed,
         )
-        wishes = {"stop": stop or (), "stop_at_eos": stop_at_eos, "score_base": base, **sampling}
+        wishes = {
+            "stop": stop or (),
+            "stop_at_eos": stop_at_eos,
+            "score_base": base,
+            # Made here, so that a value that cannot work is refused before anything is read or written.
+            "sampling": sampling_for(session, sampling),
+        }
         append = any(path.exists() and path.samefile(r) for r in read or [])
         _write(_Job(session, opening, given, tokens, path, append, wishes), json=json, quiet=quiet)
 
@@ -133,7 +139,9 @@ def _closing_lines(job: _Job, end: "End | None") -> None:
     path = shlex.quote(str(job.path))
     state = "saved to" if end else "interrupted; all that was written is in"
     say(f"{state} {path}")
-    say(f"go on with: templora write --read {path} --out {path} --tokens {job.tokens}")
+    name = job.session.base.name
+    model = "" if name == "novelist" else f" --model {shlex.quote(name)}"
+    say(f"go on with: templora write --read {path} --out {path}{model} --tokens {job.tokens}")
 
 
 def _opening(prompt: str | None, prompt_file: Path | None, read: list[Path]) -> str:
