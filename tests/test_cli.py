@@ -20,8 +20,15 @@ import pytest
 import torch
 from click.testing import Result
 from torch.nn.modules.module import register_module_forward_hook
-from transformers import BertConfig, BertLMHeadModel, LlamaModel, MambaConfig, MambaForCausalLM
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    LlamaModel,
+    MambaConfig,
+    MambaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from typer.testing import CliRunner
 
 import templora

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import closing
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any
 
 import pytest
@@ -225,7 +225,7 @@ def test_two_sessions_on_one_base_do_not_know_of_each_other(kind: dict[str, Any]
     alone = [text_after(session(seed, **kind), 50) for seed in (1, 2)]
     pair = [session(seed, **kind) for seed in (1, 2)]
     loops = [made.write(50) for made in pair]
-    while any([next(loop, None) for loop in loops]):
+    for _ in zip_longest(*loops):  # one event of each in turn
         pass
     assert [made.text for made in pair] == alone
 

@@ -125,7 +125,7 @@ def test_an_error_says_the_largest_that_works() -> None:
     expected = "window 2048 + chunk 256 exceed the 2048 positions of this base; the largest window is 1792"
     assert str(caught.value) == expected
     assert Plan(window=1792, chunk=256, context=1024, positions=2048)
-    with pytest.raises(WindowTooLarge, match="context 300 .* the largest context is 256"):
+    with pytest.raises(WindowTooLarge, match=r"context 300 .* the largest context is 256"):
         Plan(window=100, chunk=256, context=300, positions=512)
     with pytest.raises(WindowTooLarge, match="lower the chunk to 256 or less"):
         Plan(window=100, chunk=600, context=100, positions=512)

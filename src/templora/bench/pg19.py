@@ -91,20 +91,25 @@ def cost_table(rows: Iterable[Cost]) -> str:
     return table(["window", "", "perplexity", "s per 1,000 tokens", "peak MB"], cells)
 
 
-def quarters(results: Iterable[dict[str, Any]]) -> tuple[float, float]:
-    """Mean change of perplexity in the first and in the last quarter of each document, as fractions."""
-    first: list[float] = []
-    last: list[float] = []
-    for entry in results:
-        for changes, low, high in ((first, 0.0, 0.25), (last, 0.75, 1.0)):
-            base, adapted = Tally(), Tally()
-            for c in entry["chunks"]:
-                if low <= c["start"] / entry["tokens"] < high:
-                    base.add(c["base_nll"], c["tokens"])
-                    adapted.add(c["adapted_nll"], c["tokens"])
-            if base.perplexity and adapted.perplexity:
-                changes.append(adapted.perplexity / base.perplexity - 1)
-    return sum(first) / len(first), sum(last) / len(last)
+def quarters(results: Sequence[dict[str, Any]]) -> str:
+    """A sentence: the change of perplexity in the first and last quarter, the mean over the documents."""
+    first = [c for entry in results if (c := _change(entry, 0.0, 0.25)) is not None]
+    last = [c for entry in results if (c := _change(entry, 0.75, 1.0)) is not None]
+    if not (first and last):
+        return "Too short for quarters."
+    means = (100 * sum(changes) / len(changes) for changes in (first, last))
+    return "First quarter {:+.1f} %, last quarter {:+.1f} %.".format(*means)
+
+
+def _change(entry: dict[str, Any], low: float, high: float) -> float | None:
+    base, adapted = Tally(), Tally()
+    for chunk in entry["chunks"]:
+        if low <= chunk["start"] / entry["tokens"] < high:
+            base.add(chunk["base_nll"], chunk["tokens"])
+            adapted.add(chunk["adapted_nll"], chunk["tokens"])
+    if base.perplexity is None or adapted.perplexity is None:
+        return None
+    return adapted.perplexity / base.perplexity - 1
 
 
 def books(folder: Path) -> list[Path]:

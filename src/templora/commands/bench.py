@@ -44,12 +44,11 @@ def pg19(
             results = Results(out / f"{Path(name).stem}.json", resume=True)
             score_all(job, files, results, [])
             groups[Path(name).stem] = results.done
-            first, last = bench.quarters(results.done)
             seconds = sum(entry["learn_seconds"] for entry in results.done)
             pages += [
                 f"## {name}",
                 bench.tables(results.done),
-                f"First quarter {100 * first:+.1f} %, last quarter {100 * last:+.1f} %.",
+                bench.quarters(results.done),
                 f"Learning took {seconds:.0f} s.",
             ]
         plot_by_position(groups, out / "by-position.png")

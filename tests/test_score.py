@@ -1,0 +1,163 @@
+"""Scoring: each token once, before it is learned; sums carried to the end; results for programs."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import templora
+from templora.base import Base
+from templora.bench import pg19, sweep, tables
+from templora.cli import app
+from templora.errors import InvalidRecipe
+from templora.events import ChunkLearned, ChunkScored
+from templora.tasks.score import score, scoring
+from templora.testing import ByteTokenizer, tiny_llama
+
+TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text("utf-8")[:700]
+SIZES = {"window": 32, "chunk": 16, "context": 32}
+
+
+@pytest.fixture
+def base() -> Base:
+    return templora.load(model=tiny_llama(), tokenizer=ByteTokenizer())
+
+
+@pytest.fixture
+def folder(base: Base, tmp_path: Path) -> Path:
+    place = tmp_path / "model"
+    base.model.save_pretrained(place)
+    base.tokenizer.save_pretrained(place)
+    return place
+
+
+def test_every_token_is_scored_once_in_order_and_before_it_is_learned(base: Base) -> None:
+    ids = base.encode(TEXT)
+    events = list(scoring(base.session(seed=1, **SIZES), ids))
+    covered = [t for e in events if isinstance(e, ChunkScored) for t in range(e.start, e.start + e.tokens)]
+    assert covered == list(range(1, len(ids) + 1))  # 0 is the start token
+    kinds = [(e.chunk, type(e)) for e in events if isinstance(e, ChunkScored | ChunkLearned)]
+    assert kinds == sorted(kinds, key=lambda k: (k[0], k[1] is ChunkLearned))
+
+
+def test_the_first_chunk_is_scored_by_the_base_alone(base: Base) -> None:
+    first = next(iter(scoring(base.session(seed=1, **SIZES), base.encode(TEXT))))
+    assert isinstance(first, ChunkScored)
+    assert first.adapted_nll == first.base_nll
+
+
+def test_perplexity_is_of_all_tokens_and_the_authors_statistic_stands_beside_it(base: Base) -> None:
+    scores = score(base, TEXT, seed=1, **SIZES)
+    nll = sum(c["adapted_nll"] for c in scores.chunks)
+    tokens = len(base.encode(TEXT))
+    assert scores.adapted.perplexity == pytest.approx(math.exp(nll / tokens))
+    assert scores.adapted.bits_per_byte == pytest.approx(nll / math.log(2) / len(TEXT.encode()))
+    weighted = sum(math.exp(c["adapted_nll"] / c["tokens"]) * c["tokens"] for c in scores.chunks) / tokens
+    assert scores.mean_chunk_perplexity("adapted_nll") == pytest.approx(weighted)
+    assert scores.mean_chunk_perplexity("adapted_nll") > scores.adapted.perplexity
+
+
+def test_skip_and_tokens_take_a_piece_of_the_text(base: Base) -> None:
+    ids = base.encode(TEXT)
+    piece = score(base, TEXT, seed=1, skip=100, tokens=50, **SIZES)
+    whole = score(base, base.decode(ids[100:150]), seed=1, **SIZES)
+    assert piece.chunks[0]["adapted_nll"] == whole.chunks[0]["adapted_nll"]
+    assert piece.adapted.tokens == 50
+
+
+def test_two_runs_with_the_same_seed_are_identical_but_for_times(base: Base) -> None:
+    def nlls(seed: int) -> list[tuple[float, float]]:
+        return [(c["adapted_nll"], c["base_nll"]) for c in score(base, TEXT, seed=seed, **SIZES).chunks]
+
+    assert nlls(1) == nlls(1)
+    assert nlls(1) != nlls(2)
+
+
+def run(*words: str | Path) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(w) for w in words])
+    return result.exit_code, result.stderr
+
+
+def test_the_command_writes_results_resumes_and_survives_a_bad_file(folder: Path, tmp_path: Path) -> None:
+    good, other, bad = tmp_path / "good.txt", tmp_path / "other.txt", tmp_path / "bad.txt"
+    good.write_text(TEXT, "utf-8")
+    other.write_text(TEXT[::-1], "utf-8")
+    bad.write_bytes(b"\xff\xfe\x00")
+    out, picture = tmp_path / "scores.json", tmp_path / "scores.png"
+    options = ["--model", folder, "--window", "32", "--chunk", "16", "--context", "32", "--json", out]
+    code, errors = run("score", good, bad, *options, "--plot", picture)
+    assert code == 2
+    assert len([line for line in errors.splitlines() if line.startswith("error:")]) == 1
+    (entry,) = json.loads(out.read_text("utf-8"))
+    assert entry["document"] == str(good)
+    assert entry.keys() >= {"tokens", "base", "adapted", "chunks", "seconds", "learn_seconds", "peak_rss_mb"}
+    assert entry.keys() >= {"config", "versions", "git", "seed"}
+    assert picture.stat().st_size > 10_000
+    assert run("score", good, *options)[0] == 2, "results must not be overwritten"
+    code, errors = run("score", good, other, *options, "--resume")
+    assert code == 0
+    assert str(good) not in errors, "a finished document was done again"
+    assert [e["document"] for e in json.loads(out.read_text("utf-8"))] == [str(good), str(other)]
+
+
+def chunk(start: int, base: float, adapted: float) -> dict[str, float]:
+    return {"start": start, "tokens": 100, "base_nll": base, "adapted_nll": adapted, "learn_seconds": 0.0}
+
+
+def test_bins_add_sums_and_divide_once() -> None:
+    results = [
+        {"tokens": 300, "chunks": [chunk(0, 100, 100), chunk(100, 300, 200), chunk(200, 100, 50)]},
+        {"tokens": 100, "chunks": [chunk(0, 300, 100)]},
+    ]
+    (_, base, adapted), (_, late, _) = tables.by_position(results, [(0, 150), (150, None)])
+    assert base.perplexity == pytest.approx(math.exp(700 / 300))
+    assert adapted.perplexity == pytest.approx(math.exp(400 / 300))
+    assert late.tokens == 100
+    (_, short, _), (_, long, _) = tables.by_length(results, [(0, 200), (200, None)])
+    assert (short.tokens, long.tokens) == (100, 300)
+    assert "| 0–150K | 400 |" in tables.markdown(tables.by_position(results, [(0, 150_000)]), "position")
+    four = [{"tokens": 400, "chunks": [chunk(0, 100, 100), chunk(100, 1, 1), chunk(300, 100, 50)]}]
+    assert pg19.quarters(four) == "First quarter +0.0 %, last quarter -39.3 %."
+    assert pg19.quarters(results) == "Too short for quarters."
+
+
+def test_windows_double_up_to_the_largest_that_leaves_room_for_a_chunk() -> None:
+    assert pg19.windows(2048, 64) == [128, 256, 512, 1024, 1984]
+    assert pg19.windows(128, 64) == [64]
+
+
+def test_a_sweep_runs_every_combination_and_puts_the_best_on_top(base: Base, tmp_path: Path) -> None:
+    config = tmp_path / "sweep.yaml"
+    config.write_text(
+        "set: {window: 32, chunk: 16, context: 32}\nruns:\n  - {learning_rate: [0, 0.01]}\n  - {}\n"
+    )
+    plan = sweep.read(config)
+    assert plan.runs == [{"learning_rate": 0}, {"learning_rate": 0.01}, {}]
+    outcomes = list(sweep.run(base, plan, {"one": TEXT[:300], "two": TEXT[300:600]}))
+    assert outcomes[0].changes == [0.0, 0.0]
+    lines = sweep.markdown(outcomes).splitlines()[2:]
+    means = [float(line.split("|")[2].strip().removesuffix(" %")) for line in lines]
+    assert means == sorted(means)
+    config.write_text("nothing: here\n")
+    with pytest.raises(InvalidRecipe, match="runs"):
+        sweep.read(config)
+
+
+@pytest.mark.slow
+def test_the_pg19_bench_writes_tables_results_and_a_plot(folder: Path, tmp_path: Path) -> None:
+    books, out = tmp_path / "books", tmp_path / "out"
+    books.mkdir()
+    for name in ("a", "b"):
+        (books / f"{name}.txt").write_text(TEXT, "utf-8")
+    words = ["bench", "pg19", books, "--out", out, "--model", folder, "--window", "32", "--tokens", "400"]
+    code, errors = run(
+        *words, "--recipe", "paper", "--recipe", "default", "--chunk", "32", "--cost-tokens", "200"
+    )
+    assert code == 0, errors
+    page = (out / "tables.md").read_text("utf-8")
+    assert "By position, the paper's bins" in page
+    assert "s per 1,000 tokens" in page
+    assert (out / "by-position.png").stat().st_size > 10_000
+    assert len(json.loads((out / "paper.json").read_text("utf-8"))) == 2
