@@ -1,6 +1,7 @@
 """The window's cache against transformers' own, which copies and grows, on a tiny Llama."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,11 @@ def run(cache: Cache, ids: Sequence[int], position: int) -> Tensor:
     """Logits of these tokens on top of the cache, [tokens, vocab]."""
     positions = torch.arange(position, position + len(ids)).unsqueeze(0)
     return MODEL(torch.tensor([ids]), position_ids=positions, past_key_values=cache, use_cache=True).logits[0]
+
+
+def layers(cache: Cache) -> list[Any]:
+    """Its blocks, each with `keys` and `values` of shape [1, heads, tokens, head_dim]."""
+    return list(cache.layers)
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -57,9 +63,7 @@ def test_a_forgotten_token_is_not_attended_to(hidden: int, more: int) -> None:
     assert (cache.first, cache.stop) == (hidden, 20)
     dynamic = DynamicCache()
     run(dynamic, IDS[:20], 0)
-    for layer in dynamic.layers:
-        assert layer.keys is not None
-        assert layer.values is not None
+    for layer in layers(dynamic):
         layer.keys, layer.values = layer.keys[:, :, hidden:], layer.values[:, :, hidden:]
     assert close(run(cache, IDS[20 : 20 + more], 20), run(dynamic, IDS[20 : 20 + more], 20))
 
@@ -105,12 +109,12 @@ def test_indices_are_those_of_the_text_and_positions_start_at_the_origin() -> No
 @torch.no_grad()
 def test_the_buffers_are_allocated_once() -> None:
     cache = filled(10, capacity=24)
-    before = [layer.keys.data_ptr() for layer in cache.layers if layer.keys is not None]
+    before = [layer.keys.data_ptr() for layer in layers(cache)]
     run(cache, IDS[10:20], 10)
     cache.restart(30)
     run(cache, IDS[30:54], 0)
-    assert [layer.keys.data_ptr() for layer in cache.layers if layer.keys is not None] == before
-    assert [layer.keys.shape[2] for layer in cache.layers if layer.keys is not None] == [24, 24]
+    assert [layer.keys.data_ptr() for layer in layers(cache)] == before
+    assert [layer.keys.shape[2] for layer in layers(cache)] == [24, 24]
 
 
 @torch.no_grad()
@@ -126,11 +130,11 @@ def test_more_than_the_capacity_is_a_mistake_of_the_plan() -> None:
 def test_a_prefix_is_a_frozen_view_of_part_of_the_cache(cut: list[int], more: int) -> None:
     first, stop = cut
     cache = filled(20)
-    keys = [layer.keys[:, :, :20].clone() for layer in cache.layers if layer.keys is not None]
+    keys = [layer.keys[:, :, :20].clone() for layer in layers(cache)]
     ids = IDS[stop : stop + more]
     logits = run(cache.prefix(first, stop), ids, stop)
     assert (cache.first, cache.stop) == (0, 20)
-    now = [layer.keys[:, :, :20] for layer in cache.layers if layer.keys is not None]
+    now = [layer.keys[:, :, :20] for layer in layers(cache)]
     assert all(torch.equal(a, b) for a, b in zip(keys, now, strict=True))
     cache.crop(stop)
     cache.forget_before(first)
@@ -156,7 +160,7 @@ def test_gradients_flow_through_new_keys_and_not_into_the_prefix() -> None:
     # The first new token reaches the last output only through its keys and values.
     assert embedded.grad[0, 0].abs().sum() > 0
     cache.extend(prefix)
-    assert all(layer.keys is not None and not layer.keys.requires_grad for layer in cache.layers)
+    assert not any(layer.keys.requires_grad for layer in layers(cache))
 
 
 @torch.no_grad()

@@ -18,7 +18,6 @@ from typing import Any, get_type_hints
 
 import pytest
 import torch
-from click.testing import Result
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import (
     BertConfig,
@@ -29,7 +28,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import templora
 from templora.cli import app
@@ -221,7 +220,7 @@ def refusal(done: Result) -> str:
 def in_folder(tmp_path: Path, kind: str) -> str:
     """A model that is no causal LM with keys and values, saved as any other."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 257, "hidden_size": 16}
+    sizes: dict[str, Any] = {"vocab_size": 257, "hidden_size": 16}
     if kind == "bert":
         config = BertConfig(**sizes, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
         model = BertLMHeadModel(config)
@@ -309,6 +308,7 @@ def test_an_empty_prompt_is_refused(prompt: list[str], tmp_path: Path) -> None:
     assert "is empty" in refusal(templora_write("--prompt-file", tmp_path / "empty.txt"))
 
 
+@pytest.mark.slow
 def test_a_hub_id_without_a_network_is_one_line(tmp_path: Path) -> None:
     done = subprocess.run(
         command("write", PROMPT, "--model", "nobody/nothing", "--out", tmp_path / "out.txt"),

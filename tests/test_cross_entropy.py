@@ -75,7 +75,7 @@ def test_gradients_flow_on_to_what_made_the_hidden_states() -> None:
         nll(hidden.detach() @ weight, head, labels).mean().backward()
         assert weight.grad is not None
         slopes.append(weight.grad)
-    assert torch.allclose(*slopes, atol=1e-6)
+    assert torch.allclose(slopes[0], slopes[1], atol=1e-6)
 
 
 def test_the_head_gets_no_gradient() -> None:

@@ -25,7 +25,7 @@ from templora.testing import ByteTokenizer, tiny_llama
 
 PROMPT = torch.tensor([list(b"The lighthouse keeper climbed the stairs each evening.")])
 SIZES: dict[str, Any] = {"window": 48, "chunk": 16, "context": 48}
-MODEL = tiny_llama(initializer_range=0.2)
+MODEL: Any = tiny_llama(initializer_range=0.2)
 
 
 def generate(model: Any = MODEL, ids: Tensor = PROMPT, rate: float = 1e-3, **kwargs: Any) -> Any:

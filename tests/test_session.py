@@ -246,7 +246,8 @@ def test_the_loop_may_be_left_at_any_event_and_taken_up_again(stops: list[int], 
     left = session(cache=kind)
     before = len(left.ids)
     for stop in stops:
-        with closing(left.write(100)) as loop:
+        loop: Any = left.write(100)
+        with closing(loop):
             for _ in islice(loop, stop):
                 pass
     written = len(left.ids) - before
@@ -262,7 +263,8 @@ def test_the_loop_may_be_left_at_any_event_and_taken_up_again(stops: list[int], 
 @given(stop=st.integers(1, 20))
 def test_reading_may_be_left_at_any_event_and_is_finished_by_what_comes_next(stop: int) -> None:
     left, whole = (BASE.session(seed=7, **FAST) for _ in range(2))
-    with closing(left.reading(PROSE)) as loop:
+    loop: Any = left.reading(PROSE)
+    with closing(loop):
         for _ in islice(loop, stop):
             pass
     whole.read(PROSE)

@@ -1,5 +1,7 @@
 """The public fakes are real models: they run, cache and learn; only their size is a fake."""
 
+from typing import Any
+
 import torch
 
 import templora
@@ -42,9 +44,8 @@ def test_a_scripted_model_says_what_its_script_says() -> None:
 
 def test_a_scripted_model_generates_with_transformers_own_loop() -> None:
     ids = torch.tensor([[5, 6]])
-    written = ScriptedModel(CIRCLE).generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False
-    )
+    model: Any = ScriptedModel(CIRCLE)
+    written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
     assert written[0].tolist() == [5, 6, 7, 8, 9, 10]
 
 

@@ -31,7 +31,7 @@ class Base:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str = ""
     ) -> None:
-        self.model, self.name = model.eval(), name or model.config.name_or_path
+        self.model, self.name = model.eval(), name or model.config.name_or_path or ""
         model.requires_grad_(False)
         self._tokenizer = tokenizer
         self._probe: Probe = probe(model)

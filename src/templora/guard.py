@@ -57,10 +57,11 @@ class Guard:
         """Why this chunk should not be learned; None if it should.
 
         Args:
-            ids: the text up to the end of the chunk. tokens: in the chunk. adapted, base: NLL per token.
+            ids: the last LOOK_BACK tokens of the text, or the whole chunk if that is more. tokens: in the
+                chunk. adapted, base: NLL per token.
             written: how many of the chunk's tokens the model wrote itself.
         """
-        if distinct_4(ids[-max(tokens, LOOK_BACK) :]) < LEAST_DISTINCT:
+        if distinct_4(ids) < LEAST_DISTINCT:
             return "repetition"
         if self._is_noise(adapted) and self.skipped < LONGEST_NOISE:
             self.skipped += tokens

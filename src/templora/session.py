@@ -173,7 +173,7 @@ class Session:
         detokenizer = Detokenizer(self.base.tokenizer, self.ids) if self.base.has_tokenizer else None
         started, clock = time.perf_counter(), time.perf_counter()
         base, adapted, reason, written = Tally(), Tally(), "tokens", 0
-        tail = ""
+        tail, longest = "", max(map(len, stop), default=0)
         yield from self._announcements()
         while True:
             for event in self._finish_full_chunks(score_base, clock):
@@ -189,9 +189,9 @@ class Session:
             piece = detokenizer.step(token) if detokenizer else ""
             self._append(token, piece)
             written += 1
-            if stop:
-                tail = (tail + piece)[-2 * max(map(len, stop)) - len(piece) :]
-                reason = "stop" if any(s in tail for s in stop) else reason
+            tail = (tail + piece)[-longest - len(piece) :]
+            if any(wanted in tail for wanted in stop):
+                reason = "stop"
             yield Token(len(self.ids) - 1, token, piece)
         seconds = time.perf_counter() - started
         yield End(reason, written, seconds, adapted.tokens, base.perplexity, adapted.perplexity)

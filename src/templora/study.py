@@ -13,7 +13,7 @@ from torch import Tensor
 
 from templora.adapter import Adapter
 from templora.events import ChunkLearned, ChunkScored, ChunkSkipped, Event, RolledBack, Warned
-from templora.guard import Guard
+from templora.guard import LOOK_BACK, Guard
 from templora.learner import Learner, NotFinite
 from templora.passes import Passes
 from templora.recipe import Recipe
@@ -68,7 +68,8 @@ class Study:
             if (back := self._go_back(span, adapted, base)) is not None:
                 return [*events, back]
             per_token = (adapted / span.tokens, None if base is None else base / span.tokens)
-            reason = self.guard.reason_to_skip(ids[: span.stop], span.tokens, *per_token, written)
+            recent = ids[max(0, span.stop - max(span.tokens, LOOK_BACK)) : span.stop]
+            reason = self.guard.reason_to_skip(recent, span.tokens, *per_token, written)
             if reason == "drift":
                 # What a LoRA update adds grows with its scale, and KL with the square of that.
                 self.adapter.shrink(self.guard.shrinking(*per_token))
