@@ -409,6 +409,7 @@ def test_ctrl_c_stops_after_the_token_and_the_last_line_says_how_to_go_on(
     out = tmp_path / "out.txt"
     with started("write", PROMPT, "--model", tiny, *SIZES, "--tokens", 1_000_000, "--out", out) as process:
         first = first_bytes(process, len(PROMPT) + 50)
+        assert out.read_bytes().startswith(first), "what was shown must be safe, even from a power cut"
         process.send_signal(number)
         rest, errors = process.communicate()
     assert process.returncode == 130

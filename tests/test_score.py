@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ from templora.base import Base
 from templora.bench import pg19, sweep, tables
 from templora.cli import app
 from templora.errors import InvalidRecipe
-from templora.events import ChunkLearned, ChunkScored
+from templora.events import ChunkLearned, ChunkScored, Token
+from templora.session import Session
 from templora.tasks.score import score, scoring
 from templora.testing import ByteTokenizer, tiny_llama
 
@@ -161,3 +164,76 @@ def test_the_pg19_bench_writes_tables_results_and_a_plot(folder: Path, tmp_path:
     assert "s per 1,000 tokens" in page
     assert (out / "by-position.png").stat().st_size > 10_000
     assert len(json.loads((out / "paper.json").read_text("utf-8"))) == 2
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"cache": "recompute"}, {"dropout": 0.1, "epochs": 2}, {"learning_rate": 0.5}]
+)
+def test_a_session_put_back_at_any_chunk_goes_on_bit_for_bit(base: Base, changes: dict[str, float]) -> None:
+    ids = base.encode(TEXT)
+    whole = list(scoring(base.session(seed=1, **SIZES, **changes), ids))
+    scored = [e for e in whole if isinstance(e, ChunkScored)]
+    for stop in (1, 7, 20):
+        first = base.session(seed=1, **SIZES, **changes)
+        loop = scoring(first, ids)
+        before = 0
+        while before < stop:
+            before += isinstance(next(loop), ChunkScored)
+        other = base.session(seed=1, **SIZES, **changes)
+        other.load_state(first.state())
+        rest = [e for e in scoring(other, ids) if isinstance(e, ChunkScored)]
+        assert rest == scored[stop:]
+
+
+def test_a_written_text_put_back_in_mid_chunk_goes_on_bit_for_bit(base: Base) -> None:
+    def written(session: Session, tokens: int) -> list[int]:
+        return [e.id for e in session.write(tokens) if isinstance(e, Token)]
+
+    sizes = SIZES | {"learning_rate": 0.01}
+    whole = written(base.session(seed=1, **sizes), 100)
+    first = base.session(seed=1, **sizes)
+    start = written(first, 41)
+    other = base.session(seed=1, **sizes)
+    other.load_state(first.state())
+    assert start + written(other, 59) == whole
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_resumes_to_the_result_of_one_that_was_not(folder: Path, tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text((Path(__file__).parent.parent / "LICENSE").read_text("utf-8"), "utf-8")
+    options = [
+        "--model",
+        str(folder),
+        "--window",
+        "32",
+        "--chunk",
+        "16",
+        "--context",
+        "32",
+        "--tokens",
+        "6000",
+    ]
+
+    def command(out: Path) -> list[str]:
+        # Checkpoints come every 20 seconds; a test cannot wait for that.
+        program = "from templora.bench import checkpoint; checkpoint.EVERY = 0.2; import templora.cli as c; c.main()"
+        return [sys.executable, "-c", program, "score", str(book), *options, "--json", str(out), "--resume"]
+
+    subprocess.run(command(tmp_path / "whole.json"), check=True, capture_output=True)
+    killed, kills = tmp_path / "killed.json", 0
+    while not killed.exists():
+        process = subprocess.Popen(command(killed), stderr=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=9 + 2 * kills)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    assert kills >= 1
+    (whole,), (resumed,) = (json.loads(p.read_text("utf-8")) for p in (tmp_path / "whole.json", killed))
+    times = {"learn_seconds"}
+    strip = [[{k: v for k, v in c.items() if k not in times} for c in e["chunks"]] for e in (whole, resumed)]
+    assert strip[0] == strip[1]
+    assert whole["adapted"] == resumed["adapted"]
+    assert whole["base"] == resumed["base"]

@@ -59,6 +59,16 @@ class WindowLayer(_Layer):
         self.stop = stop
         return self.keys[:, :, self.first : stop], self.values[:, :, self.first : stop]
 
+    def state(self) -> dict[str, Any]:
+        """Its keys and values up to `stop`, copied, [1, heads, stop, head_dim]."""
+        kept: dict[str, Any] = {"first": self.first, "stop": self.stop}
+        if self.keys is not None and self.values is not None:
+            kept |= {
+                "keys": self.keys[:, :, : self.stop].clone(),
+                "values": self.values[:, :, : self.stop].clone(),
+            }
+        return kept
+
 
 class PrefixLayer(_Layer):
     """A frozen view of earlier keys and values, to which one pass joins its own.
@@ -130,6 +140,22 @@ class WindowCache(Cache):
         for layer in self.layers:
             assert isinstance(layer, WindowLayer)
             layer.stop = max(layer.first, min(layer.stop, token - self.origin))
+
+    def state(self) -> dict[str, Any]:
+        """Everything in it, copied: plain values and tensors."""
+        layers = [layer for layer in self.layers if isinstance(layer, WindowLayer)]
+        return {"origin": self.origin, "version": self.version, "layers": [layer.state() for layer in layers]}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` returned."""
+        self.origin, self.version = state["origin"], state["version"]
+        self.layers.clear()
+        for stored in state["layers"]:
+            layer = WindowLayer(self.capacity)
+            if stored["stop"]:
+                layer.update(stored["keys"], stored["values"])
+                layer.first = stored["first"]
+            self.layers.append(layer)
 
     def prefix(self, first: int, stop: int) -> Cache:
         """The tokens [first, stop) of the text as a frozen, differentiable prefix."""

@@ -7,6 +7,7 @@ positions run out, but nothing older than the window is visible).
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -27,6 +28,15 @@ class Decoder:
             capacity = max(capacity, plan.positions or 2 * capacity)
         self.cache = WindowCache(capacity)
         self.chunk: int | None = None  # whose window is cached
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed text needs to continue bit for bit."""
+        return {"chunk": self.chunk, "cache": self.cache.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` returned."""
+        self.chunk = state["chunk"]
+        self.cache.load_state(state["cache"])
 
     def forget(self) -> None:
         """Drop what is cached, as after the text or the adapter was changed from outside."""

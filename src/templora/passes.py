@@ -4,6 +4,7 @@ What is visible is the plan's business, what is cached the decoder's; this joins
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,15 @@ class Passes:
         """Summed NLL of a chunk that was scored before, seeing the same window; nothing is cached."""
         with self.adapter.attached():
             return float(self.base.nll(ids[span.visible : span.stop - 1], ids[span.start : span.stop]).sum())
+
+    def state(self) -> dict[str, Any]:
+        """What is cached, of both."""
+        return {"adapted": self.decoder.state(), "bare": self._bare.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` returned."""
+        self.decoder.load_state(state["adapted"])
+        self._bare.load_state(state["bare"])
 
     def forget(self) -> None:
         """Drop what is cached, as after the text or the adapter was changed from outside."""

@@ -196,6 +196,30 @@ class Session:
         seconds = time.perf_counter() - started
         yield End(reason, written, seconds, adapted.tokens, base.perplexity, adapted.perplexity)
 
+    def state(self) -> dict[str, Any]:
+        """All that a session of the same base, recipe and seed needs to continue bit for bit.
+
+        Plain values and tensors, copied: `torch.save` stores it, `torch.load(weights_only=True)` reads it.
+        """
+        self._check_open()
+        return {
+            "ids": list(self.ids),
+            "text": self.text,
+            "chunk": self.chunk,
+            "written": self._written,
+            "sampler": self.sampler.generator.get_state(),
+            "study": self.study.state(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` returned."""
+        self._check_open()
+        self.ids, self.chunk, self._written = list(state["ids"]), state["chunk"], state["written"]
+        self._text = io.StringIO()
+        self._text.write(state["text"])
+        self.sampler.generator.set_state(state["sampler"])
+        self.study.load_state(state["study"])
+
     def discard(self) -> None:
         """Throw the adapter away. The text stays readable; the base is bit for bit what was loaded."""
         self.adapter.discard()

@@ -6,7 +6,8 @@ update is tried on what was learned before it is kept. It knows chunks, not how 
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,6 +78,29 @@ class Study:
                 return [*events, ChunkSkipped(*place, reason)]
         started = time.perf_counter() - spent
         return [*events, self._learn(ids, span, adapted, first if one_pass else None, started)]
+
+    def state(self) -> dict[str, Any]:
+        """Adapter, optimiser, guard and caches: plain values and tensors, copied."""
+        good, last = self._good, self._last
+        return {
+            "weights": self.adapter.snapshot(),
+            "version": self.adapter.version,
+            "learner": self.learner.state(),
+            "guard": self.guard.state(),
+            "passes": self.passes.state(),
+            "good": (good.weights, good.version),
+            "last": None if last is None else (astuple(last[0]), last[1]),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` returned."""
+        self.adapter.restore(state["weights"], state["version"])
+        self.learner.load_state(state["learner"])
+        self.guard.load_state(state["guard"])
+        self.passes.load_state(state["passes"])
+        self._good = _Good(*state["good"])
+        last = state["last"]
+        self._last = None if last is None else (Span(*last[0]), last[1])
 
     def _learn(
         self, ids: Sequence[int], span: Span, score: float, first: Tensor | None, started: float

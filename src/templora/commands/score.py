@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from templora.bench.checkpoint import Checkpoint
 from templora.commands.inputs import load_base, load_recipe, text_of
 from templora.commands.running import INTERRUPTED, interruptible, one_line_errors, say
 from templora.errors import OutputError, TemploraError
@@ -78,8 +79,10 @@ class Job:
     skip: int
     score_base: bool
 
-    def run(self, name: str, text: str, interrupted: list[int]) -> dict[str, Any] | None:
-        """One document's result; None if it was interrupted."""
+    def run(
+        self, name: str, text: str, interrupted: list[int], checkpoint: "Checkpoint"
+    ) -> dict[str, Any] | None:
+        """One document's result; None if it was interrupted, and then the checkpoint holds what is done."""
         from templora.bench.result import result
         from templora.report import ScoreStatus
         from templora.tasks.score import Scores, scoring
@@ -87,12 +90,15 @@ class Job:
         session = self.base.session(self.recipe, seed=self.seed)
         ids = self.base.encode(text)[self.skip : None if self.tokens is None else self.skip + self.tokens]
         scores = Scores.of(self.base, ids)
-        started = perf_counter()
+        spent = checkpoint.restore(name, session, scores)
+        started = perf_counter() - spent
         try:
             with ScoreStatus(name, len(ids)) as status:
                 for event in scoring(session, ids, score_base=self.score_base):
                     scores.take(event)
                     status.show(scores.base, scores.adapted)
+                    if interrupted or checkpoint.is_due:
+                        checkpoint.store(name, session, scores, perf_counter() - started)
                     if interrupted:
                         return None
             return result(name, scores, session, perf_counter() - started)
@@ -104,7 +110,7 @@ class Results:
     """Results on disk, one JSON list, written anew after each document so that a stop loses none."""
 
     def __init__(self, path: Path | None, *, resume: bool) -> None:
-        self.path, self.done = path, list[dict[str, Any]]()
+        self.path, self.resume, self.done = path, resume, list[dict[str, Any]]()
         if path is not None and path.exists():
             if not resume:
                 raise OutputError(f"{path} exists; add --resume to continue it, or choose another --json")
@@ -134,12 +140,12 @@ def _replacing(path: Path) -> Generator[Path]:
 
 def score_all(job: Job, files: list[Path], results: Results, interrupted: list[int]) -> int:
     """Score each file that is not done; returns how many could not be."""
-    failed = 0
+    failed, checkpoint = 0, Checkpoint(results.path, resume=results.resume)
     for file in files:
         if results.has(str(file)) or interrupted:
             continue
         try:
-            entry = job.run(str(file), text_of(file), interrupted)
+            entry = job.run(str(file), text_of(file), interrupted, checkpoint)
         except TemploraError as error:
             # One bad file must not cost the others their results.
             say(f"error: {error}")
@@ -147,6 +153,7 @@ def score_all(job: Job, files: list[Path], results: Results, interrupted: list[i
             continue
         if entry is not None:
             results.add(entry)
+            checkpoint.clear()
             say(_line(entry))
     return failed
 

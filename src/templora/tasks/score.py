@@ -50,6 +50,14 @@ class Scores:
         elif isinstance(event, ChunkLearned):
             self.chunks[-1]["learn_seconds"] = event.seconds
 
+    def restore(self, chunks: list[dict[str, Any]]) -> None:
+        """Take over the chunks of a run that was stopped."""
+        for chunk in chunks:
+            self.adapted.add(chunk["adapted_nll"], chunk["tokens"])
+            if chunk["base_nll"] is not None:
+                self.base.add(chunk["base_nll"], chunk["tokens"])
+        self.chunks = list(chunks)
+
     @property
     def learn_seconds(self) -> float:
         """Seconds spent on updates alone."""
@@ -77,10 +85,13 @@ class Scores:
 def scoring(session: Session, ids: list[int], *, score_base: bool = True) -> Iterator[Event]:
     """Score, then learn, each chunk of `ids`; a short last chunk is scored and not learned.
 
+    A session that already holds this text, as one that was resumed does, goes on where it stood.
+
     Yields:
         `ChunkScored` and `ChunkLearned` events, in the order of the text.
     """
-    session.extend(ids, "")
+    if not session.ids:
+        session.extend(ids, "")
     yield from session.learning(score_base=score_base)
     yield from session.score_rest(score_base=score_base)
 

@@ -1,0 +1,79 @@
+"""The document that is being scored, on disk: a run that is killed goes on at the chunk it had reached.
+
+Torch is imported when there is something to store or restore: the command line must start without it.
+"""
+
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from templora.errors import OutputError
+
+if TYPE_CHECKING:
+    from templora.session import Session
+    from templora.tasks.score import Scores
+
+EVERY = 20.0  # seconds between two checkpoints
+
+
+class Checkpoint:
+    """One file beside the results; none where there are no results to go on from.
+
+    It is used only by a run that asks to resume, and only for the same document, recipe, base and seed.
+    """
+
+    def __init__(self, results: Path | None, *, resume: bool) -> None:
+        self.path = None if results is None else results.with_name(f".{results.name}.checkpoint")
+        self._resume = resume
+        self._stored = monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to store again."""
+        return self.path is not None and monotonic() - self._stored > EVERY
+
+    def store(self, document: str, session: "Session", scores: "Scores", seconds: float) -> None:
+        """Write all that is needed to go on, in place of the checkpoint before."""
+        if self.path is None:
+            return
+        import torch
+
+        parts: dict[str, Any] = {
+            "key": _key(document, session),
+            "session": session.state(),
+            "chunks": scores.chunks,
+            "seconds": seconds,
+        }
+        temporary = self.path.with_name(self.path.name + ".part")
+        try:
+            torch.save(parts, temporary)
+            temporary.replace(self.path)
+        except (OSError, RuntimeError) as error:
+            raise OutputError(f"cannot write {self.path}: {error}; free some space") from error
+        self._stored = monotonic()
+
+    def restore(self, document: str, session: "Session", scores: "Scores") -> float:
+        """Put session and scores where the stored run was; returns the seconds it had spent, 0 if none."""
+        if self.path is None or not self._resume or not self.path.exists():
+            return 0.0
+        import torch
+
+        try:
+            parts = torch.load(self.path, weights_only=True, map_location=session.base.device)
+        except Exception:
+            # Half-written or of another version: the document is scored from its start, which is never wrong.
+            return 0.0
+        if parts["key"] != _key(document, session):
+            return 0.0
+        session.load_state(parts["session"])
+        scores.restore(parts["chunks"])
+        return float(parts["seconds"])
+
+    def clear(self) -> None:
+        """The document is done."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def _key(document: str, session: "Session") -> list[str]:
+    return [document, session.recipe.model_dump_json(), session.base.fingerprint(), str(session.seed)]
