@@ -217,7 +217,7 @@ def test_a_run_that_is_killed_resumes_to_the_result_of_one_that_was_not(folder: 
 
     def command(out: Path) -> list[str]:
         # Checkpoints come every 20 seconds; a test cannot wait for that.
-        program = "from templora.bench import checkpoint; checkpoint.EVERY = 0.2; import templora.cli as c; c.main()"
+        program = "from templora import bench, cli; bench.checkpoint.EVERY = 0.2; cli.main()"
         return [sys.executable, "-c", program, "score", str(book), *options, "--json", str(out), "--resume"]
 
     subprocess.run(command(tmp_path / "whole.json"), check=True, capture_output=True)
