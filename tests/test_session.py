@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import templora
 from templora.base import Base
-from templora.errors import InvalidText, OutOfMemory, SessionClosed
+from templora.errors import InvalidText, OutOfMemory, SessionClosed, TemploraError
 from templora.events import (
     ChunkLearned,
     ChunkScored,
@@ -458,3 +458,12 @@ def test_a_base_without_a_tokenizer_works_with_ids() -> None:
     assert len(made.ids) == 33
     assert {e.text for e in events if isinstance(e, Token)} == {""}
     assert made.text == ""
+
+
+def test_inside_inference_mode_a_session_says_what_to_do() -> None:
+    base = templora.load(model=tiny_llama(), tokenizer=ByteTokenizer())
+    session = base.session(seed=1, window=32, chunk=16, context=32)
+    with torch.inference_mode(), pytest.raises(TemploraError, match="no_grad"):
+        session.read("The lamp was lit.")
+    with torch.no_grad():
+        assert session.read("The lamp was lit, and the sea was calm.").scored_tokens > 0

@@ -18,7 +18,7 @@ from transformers import LogitsProcessorList
 from templora.adapter import Adapter
 from templora.base import Base
 from templora.detokenizer import Detokenizer
-from templora.errors import InvalidText, OutOfMemory, SessionClosed
+from templora.errors import InvalidText, OutOfMemory, SessionClosed, TemploraError
 from templora.events import ChunkScored, ChunkWritten, End, Event, Token, Warned
 from templora.learner import Learner
 from templora.metrics import Tally
@@ -262,6 +262,8 @@ class Session:
     def _check_open(self) -> None:
         if self._closed:
             raise SessionClosed("this session was discarded; make a new one with base.session()")
+        if torch.is_inference_mode_enabled():
+            raise TemploraError("nothing can be learned inside torch.inference_mode(); use no_grad instead")
 
     @contextmanager
     def _memory(self) -> Generator[None]:
