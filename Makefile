@@ -23,7 +23,7 @@ test: .venv/.dev ## all tests
 check: .venv/.dev ## lint, types and the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -q -m "not slow and not gpu and not network"
 
 clean: ## remove the environment and caches
