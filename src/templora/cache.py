@@ -60,12 +60,12 @@ class WindowLayer(_Layer):
         return self.keys[:, :, self.first : stop], self.values[:, :, self.first : stop]
 
     def state(self) -> dict[str, Any]:
-        """Its keys and values up to `stop`, copied, [1, heads, stop, head_dim]."""
+        """Its visible keys and values, copied, [1, heads, stop - first, head_dim]."""
         kept: dict[str, Any] = {"first": self.first, "stop": self.stop}
         if self.keys is not None and self.values is not None:
             kept |= {
-                "keys": self.keys[:, :, : self.stop].clone(),
-                "values": self.values[:, :, : self.stop].clone(),
+                "keys": self.keys[:, :, self.first : self.stop].clone(),
+                "values": self.values[:, :, self.first : self.stop].clone(),
             }
         return kept
 
@@ -153,8 +153,8 @@ class WindowCache(Cache):
         for stored in state["layers"]:
             layer = WindowLayer(self.capacity)
             if stored["stop"]:
+                layer.first = layer.stop = stored["first"]
                 layer.update(stored["keys"], stored["values"])
-                layer.first = stored["first"]
             self.layers.append(layer)
 
     def prefix(self, first: int, stop: int) -> Cache:

@@ -1,6 +1,7 @@
 """From logits to a token. The filtering is transformers' own logits processors; here is only the draw.
 
-A sampler has its own random generator, so a text does not depend on what else draws random numbers.
+A sampler has its own random generator, so a text does not depend on what else draws random numbers. Its
+whole random state is two integers, so that it can be written down with each token.
 """
 
 from collections.abc import Sequence
@@ -88,10 +89,11 @@ class Sampling:
 
 
 class Sampler:
-    """Draws tokens. greedy: take the likeliest instead."""
+    """Draws tokens. draws: how many it has drawn from that seed; greedy ones do not count."""
 
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+    def __init__(self, seed: int, draws: int = 0) -> None:
+        self.seed, self.draws = seed, draws
+        self.generator = torch.Generator()
 
     @torch.no_grad()
     def draw(
@@ -106,6 +108,7 @@ class Sampler:
 
         Args:
             logits: [vocab]. visible: ids of the tokens seen, for the processors that look at them.
+            greedy: take the likeliest.
         """
         ids = torch.tensor([visible], device=logits.device)  # [1, visible]
         scores: Tensor = processors(ids, logits.float().unsqueeze(0))[0]  # pyright: ignore[reportArgumentType]
@@ -113,4 +116,15 @@ class Sampler:
             return int(scores.argmax())
         # Drawn on the CPU, where the generator lives: the same seed gives the same text on any device.
         probabilities = scores.softmax(dim=-1).cpu()
+        self.generator.manual_seed(_mixed(self.seed, self.draws))
+        self.draws += 1
         return int(torch.multinomial(probabilities, 1, generator=self.generator))
+
+
+def _mixed(seed: int, draw: int) -> int:
+    """A seed for each draw: SplitMix64's output function, so that neighbours have nothing in common."""
+    mask = (1 << 64) - 1
+    z = (seed * 0xD1342543DE82EF95 + (draw + 1) * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)

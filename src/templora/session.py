@@ -27,7 +27,7 @@ from templora.recipe import SIZES, Recipe
 from templora.recipe import load as load_recipe
 from templora.sampling import Sampler, Sampling
 from templora.study import Study
-from templora.window import fit
+from templora.window import Span, fit
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +59,22 @@ class Session:
         sizes = {name: getattr(wished, name) for name in SIZES}
         self.plan = fit(**sizes, positions=base.positions, fixed=wished.fixed)
         self.recipe = wished.model_copy(update={name: getattr(self.plan, name) for name in SIZES})
-        self.adapter = Adapter(base.model, self.recipe, seed)
-        self.learner = Learner(self.adapter, self.recipe, seed)
-        self.passes = Passes(base, self.adapter, self.plan, self.recipe)
-        self.decoder = self.passes.decoder
-        self.study = Study(self.passes, self.learner, self.recipe)
-        self.sampler = Sampler(seed)
+        self._start_afresh()
         self.ids: list[int] = []
-        self.chunk = 0
-        self._written = 0  # tokens of the current chunk that the model wrote itself
         self._text = io.StringIO()
         self._closed = False
         self._to_announce = self._fitting(wished)
+
+    def _start_afresh(self) -> None:
+        """Adapter, optimiser, guard, caches and random state as before the first token."""
+        self.adapter = Adapter(self.base.model, self.recipe, self.seed)
+        self.learner = Learner(self.adapter, self.recipe, self.seed)
+        self.passes = Passes(self.base, self.adapter, self.plan, self.recipe)
+        self.decoder = self.passes.decoder
+        self.study = Study(self.passes, self.learner, self.recipe)
+        self.sampler = Sampler(self.seed)
+        self.chunk = 0
+        self._written = 0  # tokens of the current chunk that the model wrote itself
 
     @property
     def text(self) -> str:
@@ -115,15 +119,13 @@ class Session:
             base_nll = self.passes.base_nll(self.ids, span) if score_base else None
             with torch.no_grad(), self.adapter.attached():
                 nll = float(self.passes.nll(self.ids, span, self.plan.window).sum())
-        self.passes.forget()  # what was cached just now belongs to a chunk that is still to be learned
+        self._forget()  # what was cached just now belongs to a chunk that is still to be learned
         yield ChunkScored(span.chunk, span.start, span.tokens, nll, base_nll)
 
     def extend(self, ids: Sequence[int], text: str) -> None:
         """Append given tokens and their text without learning yet; any loop learns them first."""
-        if not self.ids and self.base.has_tokenizer:
-            self.ids.extend(self.base.prefix_ids)
-        self.ids.extend(ids)
-        self._text.write(text)
+        prefix = self.base.prefix_ids if not self.ids and self.base.has_tokenizer else []
+        self._give([*prefix, *ids], text)
 
     def write(
         self,
@@ -166,7 +168,7 @@ class Session:
         score_base: bool,
     ) -> Iterator[Event]:
         if not self.ids:
-            self.ids.extend(self.base.prefix_ids)
+            self._give(self.base.prefix_ids, "")
         eos = self.base.eos_ids
         if processors is None:
             processors = sampling.processors([] if stop_at_eos else eos, str(self.base.device))
@@ -185,6 +187,7 @@ class Session:
             token = self._next_token(processors, greedy=sampling.temperature == 0)
             if stop_at_eos and token in eos:
                 reason = "eos"
+                self._looked()
                 break
             piece = detokenizer.step(token) if detokenizer else ""
             self._append(token, piece)
@@ -207,7 +210,7 @@ class Session:
             "text": self.text,
             "chunk": self.chunk,
             "written": self._written,
-            "sampler": self.sampler.generator.get_state(),
+            "sampler": (self.sampler.seed, self.sampler.draws),
             "study": self.study.state(),
         }
 
@@ -217,13 +220,33 @@ class Session:
         self.ids, self.chunk, self._written = list(state["ids"]), state["chunk"], state["written"]
         self._text = io.StringIO()
         self._text.write(state["text"])
-        self.sampler.generator.set_state(state["sampler"])
+        self.sampler = Sampler(*state["sampler"])
         self.study.load_state(state["study"])
 
     def discard(self) -> None:
         """Throw the adapter away. The text stays readable; the base is bit for bit what was loaded."""
         self.adapter.discard()
         self._closed = True
+
+    # What a session on disk also writes down; see `durable`.
+
+    def _give(self, ids: Sequence[int], text: str) -> None:
+        self.ids.extend(ids)
+        self._text.write(text)
+
+    def _looked(self) -> None:
+        """A token was drawn and not appended."""
+
+    def _forget(self) -> None:
+        self.passes.forget()
+
+    def _own_tokens(self, span: Span) -> int:
+        """How many tokens of the chunk that is being finished the model wrote itself."""
+        return self._written
+
+    def _finished(self, span: Span, score_base: bool, events: list[Event]) -> list[Event]:
+        """A chunk was scored and learned; returns what else there is to say."""
+        return []
 
     def _append(self, token: int, piece: str) -> None:
         self.ids.append(token)
@@ -240,10 +263,11 @@ class Session:
         self._check_open()  # also where a session is discarded while its loop is open
         clock = time.perf_counter() if clock is None else clock
         while len(self.ids) >= (span := self.plan.span(self.chunk)).stop:
-            written, seconds = self._written, time.perf_counter() - clock
+            written, seconds = self._own_tokens(span), time.perf_counter() - clock
             with self._memory():
                 events = self.study.finish(self.ids, span, written, score_base=score_base)
             self.chunk, self._written = self.chunk + 1, 0
+            events += self._finished(span, score_base, events)
             if written:
                 yield ChunkWritten(span.chunk, span.start, span.tokens, written, seconds)
             yield from events
