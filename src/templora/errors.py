@@ -37,4 +37,32 @@ class OutputError(TemploraError):
 
 
 class SessionClosed(TemploraError):
-    """The session was discarded: its adapter is gone."""
+    """The session was discarded or closed: its adapter is gone."""
+
+
+class NotASession(TemploraError):
+    """A folder that holds no session, or that holds one where none may be."""
+
+
+class SessionLocked(TemploraError):
+    """Another process, or another part of this one, has the session open."""
+
+
+class SessionDamaged(TemploraError):
+    """A file of the session is not what was written, and nothing good can take its place."""
+
+
+class WrongBase(TemploraError):
+    """The session was begun on another base, or the base has changed since."""
+
+
+class NoSuchMoment(TemploraError):
+    """A place in a session's past that does not exist: nothing to undo or redo, an unknown version."""
+
+
+class NeedsFolder(TemploraError, AttributeError):
+    """Something that only a session on disk can do was asked of one in memory."""
+
+
+class MissingExtra(TemploraError):
+    """A package that an optional part needs is not installed."""

@@ -240,6 +240,9 @@ class Session:
     def _forget(self) -> None:
         self.passes.forget()
 
+    def _scores_base(self, span: Span, wish: bool) -> bool:
+        return wish
+
     def _own_tokens(self, span: Span) -> int:
         """How many tokens of the chunk that is being finished the model wrote itself."""
         return self._written
@@ -264,10 +267,11 @@ class Session:
         clock = time.perf_counter() if clock is None else clock
         while len(self.ids) >= (span := self.plan.span(self.chunk)).stop:
             written, seconds = self._own_tokens(span), time.perf_counter() - clock
+            base = self._scores_base(span, score_base)
             with self._memory():
-                events = self.study.finish(self.ids, span, written, score_base=score_base)
+                events = self.study.finish(self.ids, span, written, score_base=base)
             self.chunk, self._written = self.chunk + 1, 0
-            events += self._finished(span, score_base, events)
+            events += self._finished(span, base, events)
             if written:
                 yield ChunkWritten(span.chunk, span.start, span.tokens, written, seconds)
             yield from events

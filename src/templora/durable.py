@@ -1,0 +1,393 @@
+"""A session on disk: whatever happens to its text is in the journal before it is true here.
+
+Any earlier moment can be computed again, bit for bit: load the nearest saved version and go through what
+came after it in the same way, pass by pass, with the tokens that were drawn then.
+"""
+
+import io
+import time
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError
+from transformers import LogitsProcessorList
+
+from templora import header
+from templora.base import Base
+from templora.detokenizer import Detokenizer
+from templora.errors import OutputError, SessionClosed
+from templora.events import ChunkScored, Event, Warned
+from templora.history import OWN, Mark
+from templora.metrics import Tally
+from templora.recipe import Recipe
+from templora.sampling import Sampler
+from templora.session import Reading, Session, count
+from templora.store import BUDGET, Store
+from templora.versions import Version
+from templora.window import Span
+
+STATE = "state.pt"
+# Saving takes at most this share of the time, so going back takes at most 1 / SHARE times as long as a save.
+SHARE = 0.02
+LEAST = 256  # tokens between two versions, at least
+
+
+class DurableSession(Session):
+    """A session in a folder. Make one with `Base.session(dir=…)`, continue it with `templora.resume`.
+
+    save_every: chunks between two versions; None: as often as costs no more than 2 % of the time.
+    """
+
+    def __init__(self, base: Base, store: Store) -> None:
+        self.store = store
+        super().__init__(base, header.recipe_of(store.header), seed=store.header["seed"])
+        self.save_every: int | None = None
+        self._saved_at, self._save_seconds = time.perf_counter(), 0.0
+        self._saved_tokens = 0
+        self._to_announce = [Warned("mended", warning) for warning in store.warnings]
+        self._restore()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def dir(self) -> Path:
+        """Its folder."""
+        return self.store.folder
+
+    @property
+    def versions(self) -> list[Version]:
+        """All saved versions, oldest first; `templora.resume` can go back to any."""
+        return self.store.versions.all()
+
+    def undo(self, chunks: int = 1) -> None:
+        """Take back the last chunks of the text and what was learned from them.
+
+        An unfinished chunk counts as one.
+
+        Raises:
+            NoSuchMoment: there are not so many.
+        """
+        self._check_open()
+        self.store.undo(chunks)
+        self._restore()
+
+    def redo(self) -> None:
+        """Take back the last `undo`: text, adapter and random state are what they were, bit for bit.
+
+        Raises:
+            NoSuchMoment: nothing was undone, or something was written since.
+        """
+        self._check_open()
+        self.store.redo()
+        self._restore()
+
+    def rewind(self, to: int | str) -> None:
+        """Go back to a number of tokens, or to a version ("v12") or a note, on whatever branch it is.
+
+        Raises:
+            NoSuchMoment: there is none.
+        """
+        self._check_open()
+        self.store.rewind(to)
+        self._restore()
+
+    def fork(self, dir: str | Path) -> "DurableSession":
+        """The same session once more, in another folder; from here on each goes its own way.
+
+        Raises:
+            NotASession: there is something at `dir` already.
+        """
+        self._check_open()
+        self.store.fork(Path(dir))
+        return DurableSession(self.base, Store(Path(dir)))
+
+    def edit(self, start: int, end: int, text: str, *, score_base: bool = False) -> Reading:
+        """Replace the characters [start, end) of the text; what comes after is learned anew.
+
+        Raises:
+            NoSuchMoment: the text has no such characters.
+        """
+        base, adapted = Tally(), Tally()
+        for event in self.editing(start, end, text, score_base=score_base):
+            count(event, base, adapted)
+        return Reading(len(self.ids), adapted.tokens, base.perplexity, adapted.perplexity)
+
+    def editing(self, start: int, end: int, text: str, *, score_base: bool = False) -> Iterator[Event]:
+        """`edit`, as a generator of `ChunkScored` and `ChunkLearned` events."""
+        self._check_open()
+        least = len(self.base.prefix_ids) if self.base.has_tokenizer else 0
+        self.store.edit(start, end, text, encoded=self._encoded, least=min(least, len(self.ids)))
+        self._restore()
+        yield from self.learning(score_base=score_base)
+
+    def note(self, name: str) -> Version:
+        """Name this moment, so that `rewind` finds it; its version is never thinned.
+
+        Raises:
+            OutputError: it could not be saved.
+        """
+        self._check_open()
+        version = self._save()
+        self.store.note(name, version.number)
+        return version
+
+    def reseed(self, seed: int) -> None:
+        """Draw from another seed from here on: after an undo, to get another text."""
+        self._check_open()
+        self.store.mark("seed", seed)
+        self.sampler = Sampler(seed)
+
+    def close(self) -> None:
+        """Save the present state, so that it opens at once, and let other processes in."""
+        if self._closed:
+            return
+        try:
+            if len(self.ids) != self._saved_tokens:
+                self._save()
+        except OutputError:
+            pass  # the journal holds everything; a version only spares time
+        finally:
+            self._let_go()
+
+    def discard(self, *, keep_text: bool = True) -> None:
+        """Throw the adapter and all saved states away; keep_text False: the whole folder."""
+        if self._closed:
+            return
+        self.store.discard(keep_text=keep_text)
+        self._let_go()
+
+    def learning(self, *, score_base: bool = False) -> Iterator[Event]:
+        """Score and learn every chunk that is full."""
+        self._check_open()
+        if len(self.ids) >= self.plan.span(self.chunk).stop:
+            # If this is interrupted, what is left will be done in the same way.
+            self.store.mark("wish", int(score_base))
+        yield from super().learning(score_base=score_base)
+
+    # What a session in memory does, with the journal before it.
+
+    def _give(self, ids: Sequence[int], text: str) -> None:
+        self._check_open()
+        self.store.give(ids, text, self._sizes(ids, text))
+
+    def _append(self, token: int, piece: str) -> None:
+        self.store.own(token, piece, self.sampler.draws)
+
+    def _next_token(self, processors: LogitsProcessorList, *, greedy: bool) -> int:
+        self._check_open()
+        return super()._next_token(processors, greedy=greedy)
+
+    def _looked(self) -> None:
+        self.store.look(self.sampler.draws)
+
+    def _forget(self) -> None:
+        self.store.mark("forget")
+        super()._forget()
+
+    def _scores_base(self, span: Span, wish: bool) -> bool:
+        asked = self.store.history.wish(span.stop)
+        return wish if asked is None else asked
+
+    def _own_tokens(self, span: Span) -> int:
+        return self.store.history.own_in(span.start, span.stop)
+
+    def _finished(self, span: Span, score_base: bool, events: list[Event]) -> list[Event]:
+        scored = next(event for event in events if isinstance(event, ChunkScored))
+        self.store.learn(span, score_base, scored, [event.as_dict() for event in events])
+        try:
+            if self._is_time_to_save(span):
+                self._save()
+        except OutputError as error:
+            return [Warned("not_saved", f"{error}; the text is safe, going back will take longer")]
+        return []
+
+    def _is_time_to_save(self, span: Span) -> bool:
+        if self.save_every is not None:
+            return self.chunk % self.save_every == 0
+        waited = time.perf_counter() - self._saved_at
+        return abs(span.stop - self._saved_tokens) >= LEAST and waited >= self._save_seconds / SHARE
+
+    def _save(self) -> Version:
+        started = time.perf_counter()
+        tokens = min(len(self.ids), self.plan.span(self.chunk).stop - 1)
+        if tokens < len(self.ids):  # the rest is given text that waits to be learned
+            tokens = self.plan.span(self.chunk).start
+        try:
+            version = self.store.save(self.chunk, tokens, self.adapter.version, self._fill)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise OutputError(f"cannot save a version in {self.dir}: {reason}; free some space") from error
+        self._saved_at = time.perf_counter()
+        self._save_seconds, self._saved_tokens = self._saved_at - started, tokens
+        return version
+
+    def _fill(self, folder: Path) -> None:
+        """The files of a version: the adapter as PEFT reads it, and all else that computing needs."""
+        self.adapter.save(folder)
+        state = self.study.state()
+        if torch.equal(state["weights"], state["good"][0]):
+            state["good"] = (None, state["good"][1])
+        del state["weights"]  # PEFT's file holds them
+        buffer = io.BytesIO()
+        torch.save({"study": state, "sampler": (self.sampler.seed, self.sampler.draws)}, buffer)
+        with (folder / STATE).open("wb") as file:
+            file.write(buffer.getbuffer())
+
+    # Computing an earlier moment again.
+
+    def _restore(self) -> None:
+        """Make everything what it was at this point of the history."""
+        history = self.store.history
+        self.ids, self._text = history.ids, history.text
+        version = self._load_newest()
+        start = version.tokens if version else 0
+        if version is None:
+            self._start_afresh()
+        self._saved_tokens = start
+        exact = self._go_through(start)
+        self.sampler = Sampler(history.seed, history.drawn)
+        if not exact:
+            was, now = self.store.header["software"], header.software()
+            changed = ", ".join(f"{k} {was[k]} → {now.get(k)}" for k in was if was[k] != now.get(k))
+            message = (
+                f"this machine does not compute bit for bit what the one did that wrote {self.dir}"
+                + (f" ({changed})" if changed else "")
+                + "; the text is as it was, and what comes next may differ from what would have come there"
+            )
+            self._to_announce.append(Warned("inexact", message))
+
+    def _load_newest(self) -> Version | None:
+        """The newest version on the way to this moment, into adapter, optimiser, guard and caches."""
+        for version in reversed(self.store.usable()):
+            if not self.store.versions.is_whole(version):
+                message = f"version {version.name} of {self.dir} is damaged; an earlier one took its place"
+                self._to_announce.append(Warned("damaged", message))
+                continue
+            folder = self.store.versions.path(version.number)
+            state = torch.load(folder / STATE, map_location="cpu", weights_only=True)["study"]
+            self._start_afresh()
+            self.adapter.load(folder, version.adapter)
+            state["weights"] = self.adapter.snapshot()
+            good, number = state["good"]
+            state["good"] = (state["weights"] if good is None else good.to(self.adapter.flat.device), number)
+            self.study.load_state(state)
+            self.chunk = version.chunk
+            return version
+        return None
+
+    def _go_through(self, start: int) -> bool:
+        """Make all passes from that token on once more; whether they came to the same numbers."""
+        history, exact = self.store.history, True
+        fed, marks = history.ids[:start], list(history.marks)
+        while True:
+            span = self.plan.span(self.chunk)
+            if self.chunk < len(history.learned) and len(fed) == span.stop:
+                exact &= self._learn_again(span)
+                continue
+            # A version has the marks of its last moment in it already.
+            if len(fed) > start or not start:
+                self._repeat([mark for mark in marks if mark.position == len(fed)], fed, span)
+            if len(fed) == len(history.ids):
+                return exact
+            if history.kinds[len(fed)] == OWN:
+                self.decoder.logits(fed, span)
+            fed.append(history.ids[len(fed)])
+
+    def _learn_again(self, span: Span) -> bool:
+        learned = self.store.history.learned[self.chunk]
+        written = self._own_tokens(span)
+        events = self.study.finish(self.ids, span, written, score_base=learned.base)
+        self.chunk += 1
+        scored = next(event for event in events if isinstance(event, ChunkScored))
+        return scored.adapted_nll == learned.adapted_nll
+
+    def _repeat(self, marks: list[Mark], fed: list[int], span: Span) -> None:
+        for mark in marks:
+            if mark.kind == "look":
+                self.decoder.logits(fed, span)
+            elif mark.kind == "forget":
+                self.passes.forget()
+
+    # Where tokens end in a given text.
+
+    def _encoded(self, text: str) -> tuple[list[int], list[int]]:
+        ids = self.base.encode(text)
+        return ids, self._sizes(ids, text)
+
+    def _sizes(self, ids: Sequence[int], text: str) -> list[int]:
+        """How many characters of the text each token completes."""
+        if not ids:
+            return []
+        pieces = [0] * len(ids)
+        if self.base.has_tokenizer and text:
+            detokenizer = Detokenizer(self.base.tokenizer)
+            pieces = [detokenizer.step(token) for token in ids]
+            if "".join(pieces) == text:
+                return [len(piece) for piece in pieces]
+            return self._offsets(ids, text)
+        return [*pieces[:-1], len(text)]
+
+    def _offsets(self, ids: Sequence[int], text: str) -> list[int]:
+        """The tokenizer's own account, where joining the tokens does not give the text back."""
+        found: Any = self.base.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        spans, extra = found["offset_mapping"], len(ids) - len(found["input_ids"])
+        ends = [min(a[1], b[0]) for a, b in pairwise(spans)] + [len(text)]
+        ends = [0] * extra + ends
+        return [after - before for before, after in pairwise([0, *ends])]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SessionClosed(f"the session in {self.dir} was closed; go on with templora.resume")
+        super()._check_open()
+
+    def _let_go(self) -> None:
+        self.adapter.discard()
+        self.store.close()
+        self._closed = True
+
+
+def create(
+    base: Base, dir: str | Path, recipe: str | Path | Recipe, seed: int, budget: int | None, **overrides: Any
+) -> DurableSession:
+    """Begin a session in a folder; see `Base.session`."""
+    plain = Session(base, recipe, seed=seed, **overrides)
+    announced, fitted = plain.announced(), plain.recipe
+    plain.discard()
+    head = header.made(base.describe(), fitted, seed, BUDGET if budget is None else budget)
+    session = DurableSession(base, Store.create(Path(dir), head))
+    session.announce(announced)
+    return session
+
+
+def resume(
+    dir: str | Path, base: Base | None = None, *, device: str | None = None, name: str | None = None
+) -> DurableSession:
+    """Continue a session exactly where it was.
+
+    Args:
+        base: the base it was begun on; by default it is loaded by the name that the session remembers, or
+            by `name` if it has moved. device: where to load it.
+
+    Raises:
+        NotASession, SessionLocked, SessionDamaged, SessionClosed: it cannot be opened.
+        WrongBase: the base is not the one it was begun on. ModelNotFound: it cannot be loaded.
+    """
+    from templora.base import load
+
+    store = Store(Path(dir))
+    try:
+        wanted = store.header["base"]
+        if base is None:
+            base = load(name or wanted["name"] or None, dtype=wanted.get("dtype"), device=device)
+        header.check_base(store.header, base.describe(), store.folder)
+        return DurableSession(base, store)
+    except BaseException:
+        store.close()
+        raise

@@ -1,0 +1,214 @@
+"""A text as it came about: which tokens, whose they are, what was learned. Integers and strings only.
+
+A history is what the lines of a journal add up to. Whatever a session computes is a function of it, so
+`digest` names a state: two histories with the same digest at a chunk lead to the same adapter there.
+"""
+
+import hashlib
+import io
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from templora.window import FIRST_TARGET, Plan
+
+# Whose a token is. FED: the model's own once, and given again after an edit before it.
+GIVEN, OWN, FED = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """A chunk that was scored and learned. base: whether the base had to be scored.
+
+    Sums of NLL are in nats over `tokens`; base_nll is None where the base was not scored.
+    """
+
+    base: bool
+    tokens: int
+    adapted_nll: float
+    base_nll: float | None
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Something that happened between two tokens, after `position` tokens.
+
+    kind "look": a token was drawn and not kept. "forget": caches were dropped. "seed": sampling goes on
+    from seed `value`. "wish": full chunks up to here are to be scored under the base if `value`.
+    """
+
+    position: int
+    kind: str
+    value: int = 0
+
+
+class History:
+    """The tokens of one text and all that was done with them. `apply` takes a line of the journal.
+
+    ids, kinds: the tokens and whose they are. ends: where each ends in the text, in characters. draws: of
+    the sampler, after each token.
+    """
+
+    def __init__(self, plan: Plan, seed: int) -> None:
+        self.plan, self.first_seed = plan, seed
+        self.ids: list[int] = []
+        self.kinds = bytearray()
+        self.ends, self.draws = array("q"), array("q")
+        self.text = io.StringIO()
+        self.learned: list[Learned] = []
+        self.marks: list[Mark] = []
+        self.drawn = 0
+
+    def apply(self, line: dict[str, Any]) -> None:
+        """Take in one line of a journal; lines that change no text pass by."""
+        match line["op"]:
+            case "own":
+                self.give([line["id"]], line["text"], [len(line["text"])], OWN)
+                self.drawn = self.draws[-1] = line["draws"]
+            case "given":
+                self.give(line["ids"], line["text"], line["sizes"])
+            case "chunk":
+                self.learn(line["base"], line["tokens"], line["adapted_nll"], line["base_nll"])
+            case "look":
+                self.mark("look")
+                self.drawn = line["draws"]
+            case "mark":
+                self.mark(line["kind"], line["value"])
+            case "cut":
+                self.cut(line["tokens"])
+            case "edit":
+                self.cut(line["tokens"])
+                for kind, ids, text, sizes in line["runs"]:
+                    self.give(ids, text, sizes, kind)
+            case _:
+                pass
+
+    def give(self, ids: Sequence[int], text: str, sizes: Sequence[int], kind: int = GIVEN) -> None:
+        """Append tokens. sizes: how many characters of `text` each of them completes."""
+        end = self.ends[-1] if self.ends else 0
+        for size in sizes:
+            end += size
+            self.ends.append(end)
+        self.ids.extend(ids)
+        self.kinds.extend(bytes((kind,)) * len(ids))
+        self.draws.extend([self.drawn] * len(ids))
+        self.text.write(text)
+
+    def mark(self, kind: str, value: int = 0) -> None:
+        """Note something at this moment."""
+        self.marks.append(Mark(len(self.ids), kind, value))
+        if kind == "seed":
+            self.drawn = 0
+
+    def learn(self, base: bool, tokens: int, adapted_nll: float, base_nll: float | None) -> None:
+        """The next chunk was scored and learned."""
+        span = self.plan.span(len(self.learned))
+        digest = self.digest(len(self.learned), span.stop, base)
+        self.learned.append(Learned(base, tokens, adapted_nll, base_nll, digest))
+
+    def cut(self, tokens: int) -> None:
+        """Forget everything after that many tokens."""
+        while self.learned and self.plan.span(len(self.learned) - 1).stop > tokens:
+            self.learned.pop()
+        end = self.ends[tokens - 1] if tokens else 0
+        self.text.truncate(end)
+        self.text.seek(end)
+        for column in (self.ids, self.kinds, self.ends, self.draws):
+            del column[tokens:]
+        self.marks = [mark for mark in self.marks if mark.position < tokens]
+        self.drawn = self.draws[-1] if tokens else 0
+
+    @property
+    def seed(self) -> int:
+        """The seed that sampling draws from now."""
+        return next((mark.value for mark in reversed(self.marks) if mark.kind == "seed"), self.first_seed)
+
+    def wish(self, stop: int) -> bool | None:
+        """Whether a chunk that was full when it was asked for is to be scored under the base."""
+        wishes = (m for m in self.marks if m.kind == "wish" and m.position >= stop)
+        return next((bool(mark.value) for mark in wishes), None)
+
+    def own_in(self, start: int, stop: int) -> int:
+        """How many of those tokens are the model's own."""
+        return stop - start - self.kinds.count(GIVEN, start, stop)
+
+    def digest(self, chunk: int, stop: int, base: bool | None = None) -> bytes:
+        """Names the state after `chunk` learned chunks and the tokens up to `stop`."""
+        before = self.learned[chunk - 1].digest if chunk else b""
+        start = self.plan.span(chunk).start if chunk else 0
+        made = hashlib.sha256(before)
+        made.update(array("q", self.ids[start:stop]).tobytes() + bytes(self.kinds[start:stop]))
+        marks = (m for m in self.marks if start <= m.position <= stop and m.kind in ("look", "forget"))
+        # What happens at the end of a full chunk belongs to the next one.
+        seen = [f"{m.position}{m.kind}" for m in marks if base is None or m.position < stop]
+        made.update(f"{seen}{base}".encode())
+        return made.digest()
+
+    @property
+    def pieces(self) -> int:
+        """How many chunks there are, an unfinished one counting as one."""
+        return -(-max(0, len(self.ids) - FIRST_TARGET) // self.plan.chunk)
+
+    def before(self, character: int, least: int) -> int:
+        """The most tokens, but at least `least`, whose text ends at or before that character.
+
+        A token that only begins a character goes with what completes it.
+        """
+        tokens = bisect_right(self.ends, character)
+        while tokens > least and self.end(tokens) == self.end(tokens - 1):
+            tokens -= 1
+        return max(tokens, least)
+
+    def after(self, character: int, least: int) -> int:
+        """The fewest tokens, but at least `least`, whose text reaches that character."""
+        return max(least, bisect_left(self.ends, character) + 1 if character > self.end(least) else least)
+
+    def end(self, tokens: int) -> int:
+        """Where the text of that many tokens ends, in characters."""
+        return self.ends[tokens - 1] if tokens else 0
+
+    def runs(self, start: int) -> list[tuple[int, list[int], str, list[int]]]:
+        """The tokens from `start` on, as what an edit line holds: kind, ids, text, sizes of each run."""
+        made: list[tuple[int, list[int], str, list[int]]] = []
+        text, kinds = self.text.getvalue(), [GIVEN if k == GIVEN else FED for k in self.kinds]
+        while start < len(self.ids):
+            stop = start
+            while stop < len(self.ids) and kinds[stop] == kinds[start]:
+                stop += 1
+            bounds = [self.end(start), *self.ends[start:stop]]
+            sizes = [after - before for before, after in zip(bounds, bounds[1:], strict=False)]
+            made.append((kinds[start], self.ids[start:stop], text[bounds[0] : bounds[-1]], sizes))
+            start = stop
+        return made
+
+
+def replayed(lines: Sequence[dict[str, Any]], plan: Plan, seed: int) -> tuple[History, list[int]]:
+    """The history at the end of a journal, and what could be redone: numbers of lines to go back to.
+
+    A line "at" says that what follows continues from an earlier line, so a journal is a tree; the way from
+    its root to its last line is the history.
+    """
+    redoable: list[int] = []
+    for number, line in enumerate(lines, 1):
+        if line["op"] == "cut" and line.get("undo"):
+            redoable.append(number - 1)
+        elif line["op"] == "at" and line["redo"]:
+            redoable.pop()
+        elif line["op"] != "note":
+            redoable.clear()
+    way: list[dict[str, Any]] = []
+    number = len(lines)
+    while number:
+        line = lines[number - 1]
+        if line["op"] == "at":
+            number = line["line"]
+        else:
+            way.append(line)
+            number -= 1
+    history = History(plan, seed)
+    for line in reversed(way):
+        history.apply(line)
+    return history, redoable

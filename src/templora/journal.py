@@ -1,0 +1,137 @@
+"""An append-only file of JSON lines, each sealed with a checksum over itself and all before it.
+
+A line that was cut short, changed, removed or moved is recognised. It knows nothing of what lines mean.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from templora.errors import OutputError, SessionDamaged
+
+SEAL = len(b',"crc":"01234567"}')
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a journal holds. size: bytes of its good lines. crc: of the last of them.
+
+    torn: bytes after them that are not a good line; 0 in a whole journal.
+    """
+
+    lines: list[dict[str, Any]]
+    size: int
+    crc: int
+    torn: int
+
+
+class Journal:
+    """The end of a journal, to append to. Opening it cuts off a torn last line."""
+
+    def __init__(self, path: Path, contents: Contents) -> None:
+        self.path, self.lines = path, len(contents.lines)
+        self._size, self._crc = contents.size, contents.crc
+        self._broken = False
+        try:
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+            if contents.torn:
+                os.ftruncate(self._file, self._size)
+            os.lseek(self._file, self._size, os.SEEK_SET)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+
+    def append(self, line: dict[str, Any], *, sync: bool = True) -> None:
+        """Hand a line to the operating system, so that it outlives this process.
+
+        sync: and to the disk, so that it outlives a power failure.
+
+        Raises:
+            OutputError: the disk is full or gone. From then on nothing more is taken.
+        """
+        if self._broken:
+            raise OutputError(f"an earlier write to {self.path} failed; close this session and resume it")
+        data, crc = sealed(line, self._crc)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(self._file, view) :]
+            if sync:
+                os.fsync(self._file)
+        except OSError as error:
+            self._broken = True
+            raise _cannot_write(self.path, error) from error
+        self._size, self._crc, self.lines = self._size + len(data), crc, self.lines + 1
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+def sealed(line: dict[str, Any], crc: int) -> tuple[bytes, int]:
+    """A line as bytes, and its checksum. crc: of the line before it, 0 for the first."""
+    body = json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+    crc = zlib.crc32(body, crc)
+    return body[:-1] + b',"crc":"%08x"}\n' % crc, crc
+
+
+def read(path: Path) -> Contents:
+    """All good lines.
+
+    Raises:
+        SessionDamaged: a line before the last one is damaged, so that what follows cannot be trusted.
+    """
+    contents = good(path)
+    with _readable(path) as file:
+        file.seek(contents.size)
+        rest = file.read(contents.torn)
+    # A write that was cut short leaves one line without an end; anything else is damage.
+    if b"\n" in rest[:-1]:
+        raise SessionDamaged(
+            f"line {len(contents.lines) + 1} of {path} is damaged and others follow it; restore a copy, or keep "
+            f"what comes before it with: templora sessions repair {path.parent}"
+        )
+    return contents
+
+
+def good(path: Path) -> Contents:
+    """The lines before the first that is damaged."""
+    lines: list[dict[str, Any]] = []
+    size = crc = 0
+    with _readable(path) as file:
+        data = file.read()
+    for raw in _lines(data):
+        body = raw[: -SEAL - 1] + b"}"
+        found = zlib.crc32(body, crc)
+        if raw[-SEAL - 1 :] != b',"crc":"%08x"}\n' % found:
+            break
+        lines.append(json.loads(body.decode("utf-8", "surrogatepass")))
+        size, crc = size + len(raw), found
+    return Contents(lines, size, crc, len(data) - size)
+
+
+def _lines(data: bytes) -> Iterator[bytes]:
+    start = 0
+    while start < len(data):
+        stop = data.find(b"\n", start) + 1 or len(data)
+        yield data[start:stop]
+        start = stop
+
+
+def _readable(path: Path) -> Any:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise SessionDamaged(f"cannot read {path}: {error.strerror}; restore it from a copy") from error
+
+
+def _cannot_write(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"cannot write to {path}: {error.strerror}; free some space or make it writable, then go on: all that "
+        "was written before is safe"
+    )

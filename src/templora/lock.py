@@ -1,0 +1,93 @@
+"""One process at a time on one session: a lock file that says who has it.
+
+The operating system frees the lock of a process that has died, so a stale file hinders nobody on the same
+machine. A file left by another machine is not trusted to be stale: it may be a shared folder.
+"""
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any, cast
+
+from templora.errors import OutputError, SessionLocked
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; there the process number decides
+    fcntl = None
+
+
+class Lock:
+    """Held from construction to `release`.
+
+    Raises:
+        SessionLocked: someone else has it; the message says who.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise OutputError(
+                f"cannot write in {path.parent}: {error.strerror}; make it writable, or fork the session to "
+                "another folder"
+            ) from error
+        try:
+            self._take()
+        except BaseException:
+            os.close(self._file)
+            self._file = -1
+            raise
+
+    def release(self) -> None:
+        """Let others in."""
+        if self._file >= 0:
+            os.ftruncate(self._file, 0)
+            os.close(self._file)
+            self._file = -1
+
+    def __del__(self) -> None:
+        if getattr(self, "_file", -1) >= 0:
+            os.close(self._file)
+
+    def _take(self) -> None:
+        owner = _owner(self._file)
+        here = socket.gethostname()
+        if not self._free(owner, here):
+            raise SessionLocked(
+                f"{self.path.parent} is open in process {owner.get('pid', '?')} on {owner.get('host', here)}; "
+                "close it there first"
+            )
+        if owner.get("host", here) != here:
+            raise SessionLocked(
+                f"{self.path.parent} was opened by process {owner.get('pid')} on {owner['host']} and not closed; "
+                f"if that has ended, remove {self.path}"
+            )
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, json.dumps({"pid": os.getpid(), "host": here}).encode(), 0)
+
+    def _free(self, owner: dict[str, Any], here: str) -> bool:
+        if fcntl is not None:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+        return owner.get("host") != here or not _alive(owner.get("pid"))
+
+
+def _owner(file: int) -> dict[str, Any]:
+    """Who wrote the file last; nothing if it is empty or unreadable."""
+    try:
+        found: Any = json.loads(os.pread(file, 4096, 0) or b"{}")
+    except ValueError:
+        return {}
+    return cast(dict[str, Any], found) if isinstance(found, dict) else {}
+
+
+def _alive(pid: Any) -> bool:
+    import psutil
+
+    return isinstance(pid, int) and psutil.pid_exists(pid)

@@ -1,0 +1,354 @@
+"""The folder of one session: header, journal, versions, lock. Everything but the computing.
+
+Undoing, rewinding and forking only move the text back and forth in its history; whoever opens the session
+next computes the adapter that belongs there. So all of it works without a base, at once.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from templora import header, journal, migrations
+from templora.errors import NoSuchMoment, NotASession, OutputError, SessionClosed, SessionDamaged
+from templora.events import ChunkScored
+from templora.history import GIVEN, History, replayed
+from templora.journal import Journal
+from templora.lock import Lock
+from templora.metrics import Tally
+from templora.versions import Version, Versions
+from templora.window import Span
+
+JOURNAL, VERSIONS, LOCK = "journal.jsonl", "versions", "lock"
+BUDGET = 1 << 30  # bytes that the versions of a session may take
+Encoder = Callable[[str], tuple[list[int], list[int]]]
+
+
+class Store:
+    """A session's folder, open for writing. history: what the journal adds up to.
+
+    warnings: what was found and mended when it was opened, one line each.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / header.NAME).exists() and not (folder / JOURNAL).exists():
+            raise NotASession(f"{folder} holds no session; begin one with: templora write --session {folder}")
+        self.lock = Lock(folder / LOCK)
+        try:
+            self._open()
+        except BaseException:
+            self.lock.release()
+            raise
+
+    @classmethod
+    def create(cls, folder: Path, head: header.Header) -> "Store":
+        """Begin a session in a folder that does not exist or is empty.
+
+        Raises:
+            NotASession: there is something in it. OutputError: it cannot be written.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if any(path.name != LOCK for path in folder.iterdir()):
+                raise NotASession(_occupied(folder))
+            line, _ = journal.sealed({"op": "begin", "header": head}, 0)
+            (folder / JOURNAL).write_bytes(line)
+            (folder / VERSIONS).mkdir()
+            header.write(folder, head)
+        except OSError as error:
+            raise OutputError(f"cannot write in {folder}: {error.strerror}; choose another folder") from error
+        return cls(folder)
+
+    def _open(self) -> None:
+        self.warnings: list[str] = []
+        self.header = self._read_header()
+        self.path = self.folder / JOURNAL
+        contents = journal.read(self.path)
+        self.versions = Versions(self.folder / VERSIONS)
+        if any(version.line > len(contents.lines) for version in self.versions.all()):
+            raise SessionDamaged(
+                f"the end of {self.path} is missing; restore a copy, or keep what is there with: templora "
+                f"sessions repair {self.folder}"
+            )
+        if contents.torn:
+            self.warnings.append(
+                f"the last line of {self.path} was cut short or damaged ({contents.torn} bytes); it was dropped"
+            )
+        self.history, self.redoable = self._replayed(contents.lines)
+        self.notes = {line["name"]: n for n, line in enumerate(contents.lines, 1) if line["op"] == "note"}
+        self.named = {line["version"] for line in contents.lines if line["op"] == "note"}
+        if contents.lines[-1]["op"] == "discard":
+            raise SessionClosed(
+                f"{self.folder} was discarded; its text can be had with: templora sessions export {self.folder}"
+            )
+        self.journal = Journal(self.path, contents)
+        self.versions.clean()
+
+    def _read_header(self) -> header.Header:
+        try:
+            found = header.read(self.folder)
+        except (SessionDamaged, NotASession) as error:
+            lines = journal.good(self.folder / JOURNAL).lines
+            if not lines or lines[0]["op"] != "begin":
+                raise
+            found: header.Header = lines[0]["header"]
+            if found["format"] > header.FORMAT:
+                raise
+            header.write(self.folder, found)
+            self.warnings.append(f"{error}: it was restored from the journal")
+        return migrations.upgrade(self.folder, found)
+
+    def close(self) -> None:
+        """Let other processes in."""
+        self.journal.close()
+        self.lock.release()
+
+    # What happens to the text. Each is on disk before it is true.
+
+    def give(self, ids: Sequence[int], text: str, sizes: Sequence[int]) -> None:
+        """Append given tokens; sizes: characters that each completes."""
+        self._note({"op": "given", "ids": list(ids), "text": text, "sizes": list(sizes)})
+
+    def own(self, token: int, piece: str, draws: int) -> None:
+        """Append a token that the model wrote. It outlives this process, and a power failure from the next
+        chunk on."""
+        self._note({"op": "own", "id": token, "text": piece, "draws": draws}, sync=False)
+
+    def look(self, draws: int) -> None:
+        """A token was drawn and not kept."""
+        self._note({"op": "look", "draws": draws})
+
+    def mark(self, kind: str, value: int = 0) -> None:
+        """Note one of `history.Mark`'s kinds at this moment."""
+        self._note({"op": "mark", "kind": kind, "value": value})
+
+    def learn(self, span: Span, base: bool, scored: ChunkScored, events: list[dict[str, Any]]) -> None:
+        """A chunk was scored and learned; all of it reaches the disk."""
+        sums = {"tokens": span.tokens, "adapted_nll": scored.adapted_nll, "base_nll": scored.base_nll}
+        self._note({"op": "chunk", "chunk": span.chunk, "base": base, **sums, "events": events})
+
+    def edit(self, start: int, end: int, text: str, *, encoded: Encoder, least: int) -> None:
+        """Replace the characters [start, end) by `text`; tokens after them stay as they are.
+
+        Args:
+            encoded: makes ids and sizes of a text. least: tokens at the beginning that never change.
+
+        Raises:
+            NoSuchMoment: the text has no such characters.
+        """
+        history = self.history
+        length = history.end(len(history.ids))
+        if not 0 <= start <= end <= length:
+            raise NoSuchMoment(f"characters {start} to {end} cannot be edited: the text has {length} characters")
+        keep = history.before(start, least)
+        rest, whole = history.after(end, keep), history.text.getvalue()
+        new = whole[history.end(keep) : start] + text + whole[end : history.end(rest)]
+        runs = [(GIVEN, *_run(new, encoded))] if new else []
+        self._note({"op": "edit", "tokens": keep, "runs": [*runs, *history.runs(rest)]})
+
+    # Moving in history.
+
+    def undo(self, chunks: int = 1) -> None:
+        """Take the last chunks away, an unfinished one counting as one.
+
+        Raises:
+            NoSuchMoment: there are not so many.
+        """
+        pieces = self.history.pieces
+        if not 1 <= chunks <= pieces:
+            raise NoSuchMoment(f"cannot undo {chunks} chunks of {self.folder}: it has {pieces}")
+        target = self.history.plan.span(pieces - chunks).start
+        self.redoable.append(self.journal.lines)
+        self._note({"op": "cut", "tokens": target, "undo": True}, keep_redo=True)
+
+    def redo(self) -> None:
+        """Undo the last undo.
+
+        Raises:
+            NoSuchMoment: nothing was undone, or something was written since.
+        """
+        if not self.redoable:
+            raise NoSuchMoment(f"there is nothing to redo in {self.folder}")
+        self._go_to(self.redoable.pop(), redo=True)
+
+    def rewind(self, to: int | str) -> None:
+        """Go to a number of tokens of this text, or to a version ("v12") or note of any branch.
+
+        Raises:
+            NoSuchMoment: there is none.
+        """
+        if isinstance(to, int):
+            if not 0 <= to <= len(self.history.ids):
+                raise NoSuchMoment(f"{self.folder} has {len(self.history.ids)} tokens; rewind to 0 up to that")
+            self._note({"op": "cut", "tokens": to})
+        elif to in self.notes:
+            self._go_to(self.notes[to])
+        else:
+            version = next((v for v in self.versions.all() if v.name == to), None)
+            if version is None:
+                known = ", ".join([*self.notes, *(v.name for v in self.versions.all())]) or "none"
+                raise NoSuchMoment(f"{self.folder} has no version or note {to!r}; there are: {known}")
+            self._go_to(version.line)
+            if len(self.history.ids) > version.tokens:
+                self._note({"op": "cut", "tokens": version.tokens})
+
+    def note(self, name: str, version: int | None) -> None:
+        """Give this moment a name; its version is never thinned."""
+        self._note({"op": "note", "name": name, "version": version}, keep_redo=True)
+        self.notes[name] = self.journal.lines
+        if version is not None:
+            self.named.add(version)
+
+    def fork(self, folder: Path) -> None:
+        """Copy the session; versions share their files with this one where the file system can.
+
+        Raises:
+            NotASession: there is something at `folder`. OutputError: it cannot be written.
+        """
+        copy(self.folder, folder, self.header)
+
+    def discard(self, *, keep_text: bool) -> None:
+        """Delete all versions, or the whole folder."""
+        if keep_text:
+            self._note({"op": "discard"})
+            shutil.rmtree(self.versions.folder, ignore_errors=True)
+            self.close()
+        else:
+            self.close()
+            shutil.rmtree(self.folder)
+
+    # Versions.
+
+    def usable(self) -> list[Version]:
+        """Versions that lie on the way to this moment, oldest first."""
+        history, found = self.history, list[Version]()
+        for version in self.versions.all():
+            if version.chunk <= len(history.learned) and version.tokens <= len(history.ids):
+                if history.digest(version.chunk, version.tokens).hex() == version.digest:
+                    found.append(version)
+        return sorted(found, key=lambda v: (v.tokens, v.number))
+
+    def save(self, chunk: int, tokens: int, adapter: int, fill: Callable[[Path], None]) -> Version:
+        """Make a version of the state after those chunks and tokens; thin the others.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        base, adapted = scores(self.history)
+        version = Version(
+            number=self.versions.next_number(),
+            ancestors=[v.number for v in self.usable()],
+            line=self.journal.lines,
+            chunk=chunk,
+            tokens=tokens,
+            digest=self.history.digest(chunk, tokens).hex(),
+            adapter=adapter,
+            scored=adapted.tokens,
+            adapted_nll=adapted.nll,
+            base_scored=base.tokens,
+            base_nll=base.nll,
+        )
+        self.versions.save(version, fill)
+        self.versions.thin(self.named, self.header["budget"])
+        return version
+
+    def _go_to(self, line: int, *, redo: bool = False) -> None:
+        self._note({"op": "at", "line": line, "redo": redo}, keep_redo=redo)
+        self.history, _ = self._replayed(journal.good(self.path).lines)
+
+    def _replayed(self, lines: list[dict[str, Any]]) -> tuple[History, list[int]]:
+        return replayed(lines, header.plan_of(self.header), self.header["seed"])
+
+    def _note(self, line: dict[str, Any], *, sync: bool = True, keep_redo: bool = False) -> None:
+        self.journal.append(line, sync=sync)
+        self.history.apply(line)
+        if not keep_redo:
+            self.redoable.clear()
+
+
+def scores(history: History) -> tuple[Tally, Tally]:
+    """Base and adapted NLL of all learned chunks."""
+    base, adapted = Tally(), Tally()
+    for chunk in history.learned:
+        adapted.add(chunk.adapted_nll, chunk.tokens)
+        if chunk.base_nll is not None:
+            base.add(chunk.base_nll, chunk.tokens)
+    return base, adapted
+
+
+def look(folder: Path) -> tuple[header.Header, History]:
+    """A session's header and history, without opening it: nothing is locked, mended or written."""
+    found = header.read(folder)
+    if found["format"] != header.FORMAT:
+        raise NotASession(f"{folder} is of an older format; open it once with: templora write --session {folder}")
+    contents = journal.good(folder / JOURNAL)
+    return found, replayed(contents.lines, header.plan_of(found), found["seed"])[0]
+
+
+def copy(source: Path, target: Path, head: header.Header) -> None:
+    """A copy of a session that shares the files of its versions; it appears whole or not at all."""
+    if target.exists() and any(target.iterdir()):
+        raise NotASession(_occupied(target))
+    part = target.with_name(f".{target.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        # The journal grows, so it must be a file of its own; versions never change.
+        shutil.copyfile(source / JOURNAL, part / JOURNAL)
+        shutil.copytree(source / VERSIONS, part / VERSIONS, copy_function=_link, ignore=_partial)
+        header.write(part, {**head, "forked_from": str(source)})
+        if target.exists():
+            target.rmdir()
+        os.replace(part, target)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise OutputError(f"cannot fork to {target}: {error.strerror}; choose another folder") from error
+
+
+def repair(folder: Path) -> int:
+    """Keep the good beginning of a damaged journal; the whole of it stays in `journal.damaged`.
+
+    Returns how many lines are left.
+    """
+    lock = Lock(folder / LOCK)
+    try:
+        path = folder / JOURNAL
+        contents = journal.good(path)
+        if not contents.lines:
+            raise SessionDamaged(f"not one line of {path} is good; restore a copy")
+        shutil.copyfile(path, folder / "journal.damaged")
+        os.truncate(path, contents.size)
+        versions = Versions(folder / VERSIONS)
+        for version in versions.all():
+            if version.line > len(contents.lines):
+                versions.remove(version.number)
+        return len(contents.lines)
+    except OSError as error:
+        raise OutputError(f"cannot repair {folder}: {error.strerror}; make it writable") from error
+    finally:
+        lock.release()
+
+
+def _run(text: str, encoded: Encoder) -> tuple[list[int], str, list[int]]:
+    ids, sizes = encoded(text)
+    return ids, text, sizes
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one that cannot
+        shutil.copyfile(source, target)
+
+
+def _partial(_: str, names: list[str]) -> list[str]:
+    return [name for name in names if name.startswith(".")]
+
+
+def _occupied(folder: Path) -> str:
+    if (folder / header.NAME).exists():
+        return f"{folder} holds a session already; resume it with templora.resume({str(folder)!r})"
+    return f"{folder} is not empty; choose a folder that does not exist yet"
