@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from templora.base import Base, load
+    from templora.durable import DurableSession, resume
     from templora.errors import TemploraError
     from templora.hook import generate
     from templora.recipe import Recipe
@@ -17,12 +18,14 @@ _HOME = {
     "Base": "base",
     "load": "base",
     "Session": "session",
+    "DurableSession": "durable",
+    "resume": "durable",
     "Recipe": "recipe",
     "TemploraError": "errors",
     "generate": "hook",
 }
 
-__all__ = ["Base", "Recipe", "Session", "TemploraError", "generate", "load"]
+__all__ = ["Base", "DurableSession", "Recipe", "Session", "TemploraError", "generate", "load", "resume"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ Its parameters are never written to and never require a gradient while a session
 import hashlib
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,19 +53,45 @@ class Base:
         """Where its weights are."""
         return self.model.device
 
-    def session(self, recipe: Any = "default", *, seed: int = 0, **overrides: Any) -> Any:
+    def session(
+        self,
+        recipe: Any = "default",
+        *,
+        seed: int = 0,
+        dir: str | Path | None = None,
+        budget: int | None = None,
+        **overrides: Any,
+    ) -> Any:
         """A new session: one text with a fresh adapter.
 
         Args:
             recipe: a name, a YAML file or a `Recipe`. overrides: recipe keys that win over it.
             seed: of the adapter's start and of sampling.
+            dir: a folder that does not exist yet: the session lives there, survives, and can be undone;
+                `templora.resume` continues it. budget: bytes its saved versions may take, by default 1 GiB.
 
         Raises:
             InvalidRecipe, WindowTooLarge, UnsupportedModel: before any work starts.
+            NotASession, OutputError: `dir` cannot be used.
         """
-        from templora.session import Session
+        from templora import durable, session
 
-        return Session(self, recipe, seed=seed, **overrides)
+        if dir is None:
+            return session.Session(self, recipe, seed=seed, **overrides)
+        return durable.create(self, dir, recipe, seed, budget, **overrides)
+
+    def describe(self) -> dict[str, Any]:
+        """What makes it this base and no other, as plain values; computed anew each time."""
+        parameters = list(self.model.parameters())
+        return {
+            "name": str(Path(self.name).resolve()) if Path(self.name).is_dir() and self.name else self.name,
+            "model": type(self.model).__name__,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "parameters": sum(parameter.numel() for parameter in parameters),
+            "positions": self.positions,
+            "weights": self.fingerprint(),
+            "tokenizer": _tokenizer_hash(self._tokenizer),
+        }
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens."""
@@ -155,6 +182,14 @@ class Base:
         """The model's own logits for the last `keep` tokens, [keep, vocab]."""
         kwargs = {"logits_to_keep": keep} if "logits_to_keep" in self._accepts else {}
         return self.model(**self._inputs(ids, position, cache), **kwargs).logits[0, -keep:]
+
+
+def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    if tokenizer is None:
+        return None
+    fast: Any = getattr(tokenizer, "backend_tokenizer", None)
+    rules = fast.to_str() if fast is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(rules.encode()).hexdigest()
 
 
 def load(

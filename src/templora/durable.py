@@ -4,32 +4,28 @@ Any earlier moment can be computed again, bit for bit: load the nearest saved ve
 came after it in the same way, pass by pass, with the tokens that were drawn then.
 """
 
-import io
 import time
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from safetensors import SafetensorError
 from transformers import LogitsProcessorList
 
-from templora import header
-from templora.base import Base
-from templora.detokenizer import Detokenizer
+from templora import header, snapshot
+from templora.base import Base, load
 from templora.errors import OutputError, SessionClosed
 from templora.events import ChunkScored, Event, Warned
-from templora.history import OWN, Mark
 from templora.metrics import Tally
 from templora.recipe import Recipe
+from templora.replay import Replay
 from templora.sampling import Sampler
 from templora.session import Reading, Session, count
+from templora.sizes import sizes
 from templora.store import BUDGET, Store
 from templora.versions import Version
 from templora.window import Span
 
-STATE = "state.pt"
 # Saving takes at most this share of the time, so going back takes at most 1 / SHARE times as long as a save.
 SHARE = 0.02
 LEAST = 256  # tokens between two versions, at least
@@ -41,13 +37,13 @@ class DurableSession(Session):
     save_every: chunks between two versions; None: as often as costs no more than 2 % of the time.
     """
 
-    def __init__(self, base: Base, store: Store) -> None:
+    def __init__(self, base: Base, store: Store, announced: Sequence[Event] = ()) -> None:
         self.store = store
         super().__init__(base, header.recipe_of(store.header), seed=store.header["seed"])
         self.save_every: int | None = None
         self._saved_at, self._save_seconds = time.perf_counter(), 0.0
-        self._saved_tokens = 0
-        self._to_announce = [Warned("mended", warning) for warning in store.warnings]
+        self._saved = (0, 0)  # chunks and tokens of the newest version
+        self._to_announce = [*announced, *(Warned("mended", warning) for warning in store.warnings)]
         self._restore()
 
     def __enter__(self) -> Self:
@@ -149,7 +145,7 @@ class DurableSession(Session):
         if self._closed:
             return
         try:
-            if len(self.ids) != self._saved_tokens:
+            if (self.chunk, len(self.ids)) != self._saved:
                 self._save()
         except OutputError:
             pass  # the journal holds everything; a version only spares time
@@ -175,7 +171,7 @@ class DurableSession(Session):
 
     def _give(self, ids: Sequence[int], text: str) -> None:
         self._check_open()
-        self.store.give(ids, text, self._sizes(ids, text))
+        self.store.give(ids, text, sizes(self.base, ids, text))
 
     def _append(self, token: int, piece: str) -> None:
         self.store.own(token, piece, self.sampler.draws)
@@ -212,33 +208,23 @@ class DurableSession(Session):
         if self.save_every is not None:
             return self.chunk % self.save_every == 0
         waited = time.perf_counter() - self._saved_at
-        return abs(span.stop - self._saved_tokens) >= LEAST and waited >= self._save_seconds / SHARE
+        return abs(span.stop - self._saved[1]) >= LEAST and waited >= self._save_seconds / SHARE
 
     def _save(self) -> Version:
         started = time.perf_counter()
-        tokens = min(len(self.ids), self.plan.span(self.chunk).stop - 1)
-        if tokens < len(self.ids):  # the rest is given text that waits to be learned
-            tokens = self.plan.span(self.chunk).start
+        # Given text beyond a full chunk waits to be learned: no state depends on it yet.
+        tokens = min(len(self.ids), self.plan.span(self.chunk).stop)
         try:
             version = self.store.save(self.chunk, tokens, self.adapter.version, self._fill)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise OutputError(f"cannot save a version in {self.dir}: {reason}; free some space") from error
         self._saved_at = time.perf_counter()
-        self._save_seconds, self._saved_tokens = self._saved_at - started, tokens
+        self._save_seconds, self._saved = self._saved_at - started, (self.chunk, tokens)
         return version
 
     def _fill(self, folder: Path) -> None:
-        """The files of a version: the adapter as PEFT reads it, and all else that computing needs."""
-        self.adapter.save(folder)
-        state = self.study.state()
-        if torch.equal(state["weights"], state["good"][0]):
-            state["good"] = (None, state["good"][1])
-        del state["weights"]  # PEFT's file holds them
-        buffer = io.BytesIO()
-        torch.save({"study": state, "sampler": (self.sampler.seed, self.sampler.draws)}, buffer)
-        with (folder / STATE).open("wb") as file:
-            file.write(buffer.getbuffer())
+        snapshot.write(folder, self.study, self.chunk)
 
     # Computing an earlier moment again.
 
@@ -250,8 +236,8 @@ class DurableSession(Session):
         start = version.tokens if version else 0
         if version is None:
             self._start_afresh()
-        self._saved_tokens = start
-        exact = self._go_through(start)
+        self._saved = (self.chunk, start)
+        self.chunk, exact = Replay(history, self.plan, self.study).run(start, self.chunk)
         self.sampler = Sampler(history.seed, history.drawn)
         if not exact:
             was, now = self.store.header["software"], header.software()
@@ -270,77 +256,15 @@ class DurableSession(Session):
                 message = f"version {version.name} of {self.dir} is damaged; an earlier one took its place"
                 self._to_announce.append(Warned("damaged", message))
                 continue
-            folder = self.store.versions.path(version.number)
-            state = torch.load(folder / STATE, map_location="cpu", weights_only=True)["study"]
             self._start_afresh()
-            self.adapter.load(folder, version.adapter)
-            state["weights"] = self.adapter.snapshot()
-            good, number = state["good"]
-            state["good"] = (state["weights"] if good is None else good.to(self.adapter.flat.device), number)
-            self.study.load_state(state)
+            snapshot.read(self.store.versions.path(version.number), self.study, version.adapter)
             self.chunk = version.chunk
             return version
         return None
 
-    def _go_through(self, start: int) -> bool:
-        """Make all passes from that token on once more; whether they came to the same numbers."""
-        history, exact = self.store.history, True
-        fed, marks = history.ids[:start], list(history.marks)
-        while True:
-            span = self.plan.span(self.chunk)
-            if self.chunk < len(history.learned) and len(fed) == span.stop:
-                exact &= self._learn_again(span)
-                continue
-            # A version has the marks of its last moment in it already.
-            if len(fed) > start or not start:
-                self._repeat([mark for mark in marks if mark.position == len(fed)], fed, span)
-            if len(fed) == len(history.ids):
-                return exact
-            if history.kinds[len(fed)] == OWN:
-                self.decoder.logits(fed, span)
-            fed.append(history.ids[len(fed)])
-
-    def _learn_again(self, span: Span) -> bool:
-        learned = self.store.history.learned[self.chunk]
-        written = self._own_tokens(span)
-        events = self.study.finish(self.ids, span, written, score_base=learned.base)
-        self.chunk += 1
-        scored = next(event for event in events if isinstance(event, ChunkScored))
-        return scored.adapted_nll == learned.adapted_nll
-
-    def _repeat(self, marks: list[Mark], fed: list[int], span: Span) -> None:
-        for mark in marks:
-            if mark.kind == "look":
-                self.decoder.logits(fed, span)
-            elif mark.kind == "forget":
-                self.passes.forget()
-
-    # Where tokens end in a given text.
-
     def _encoded(self, text: str) -> tuple[list[int], list[int]]:
         ids = self.base.encode(text)
-        return ids, self._sizes(ids, text)
-
-    def _sizes(self, ids: Sequence[int], text: str) -> list[int]:
-        """How many characters of the text each token completes."""
-        if not ids:
-            return []
-        pieces = [0] * len(ids)
-        if self.base.has_tokenizer and text:
-            detokenizer = Detokenizer(self.base.tokenizer)
-            pieces = [detokenizer.step(token) for token in ids]
-            if "".join(pieces) == text:
-                return [len(piece) for piece in pieces]
-            return self._offsets(ids, text)
-        return [*pieces[:-1], len(text)]
-
-    def _offsets(self, ids: Sequence[int], text: str) -> list[int]:
-        """The tokenizer's own account, where joining the tokens does not give the text back."""
-        found: Any = self.base.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        spans, extra = found["offset_mapping"], len(ids) - len(found["input_ids"])
-        ends = [min(a[1], b[0]) for a, b in pairwise(spans)] + [len(text)]
-        ends = [0] * extra + ends
-        return [after - before for before, after in pairwise([0, *ends])]
+        return ids, sizes(self.base, ids, text)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -358,12 +282,10 @@ def create(
 ) -> DurableSession:
     """Begin a session in a folder; see `Base.session`."""
     plain = Session(base, recipe, seed=seed, **overrides)
-    announced, fitted = plain.announced(), plain.recipe
+    announced, fitted = list(plain.learning()), plain.recipe
     plain.discard()
     head = header.made(base.describe(), fitted, seed, BUDGET if budget is None else budget)
-    session = DurableSession(base, Store.create(Path(dir), head))
-    session.announce(announced)
-    return session
+    return DurableSession(base, Store.create(Path(dir), head), announced)
 
 
 def resume(
@@ -379,8 +301,6 @@ def resume(
         NotASession, SessionLocked, SessionDamaged, SessionClosed: it cannot be opened.
         WrongBase: the base is not the one it was begun on. ModelNotFound: it cannot be loaded.
     """
-    from templora.base import load
-
     store = Store(Path(dir))
     try:
         wanted = store.header["base"]

@@ -10,6 +10,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise, takewhile
 from typing import Any
 
 from templora.window import FIRST_TARGET, Plan
@@ -126,6 +127,11 @@ class History:
         """The seed that sampling draws from now."""
         return next((mark.value for mark in reversed(self.marks) if mark.kind == "seed"), self.first_seed)
 
+    def marks_at(self, position: int) -> list[Mark]:
+        """What happened after that many tokens."""
+        first = bisect_left(self.marks, position, key=lambda mark: mark.position)
+        return list(takewhile(lambda mark: mark.position == position, self.marks[first:]))
+
     def wish(self, stop: int) -> bool | None:
         """Whether a chunk that was full when it was asked for is to be scored under the base."""
         wishes = (m for m in self.marks if m.kind == "wish" and m.position >= stop)
@@ -179,7 +185,7 @@ class History:
             while stop < len(self.ids) and kinds[stop] == kinds[start]:
                 stop += 1
             bounds = [self.end(start), *self.ends[start:stop]]
-            sizes = [after - before for before, after in zip(bounds, bounds[1:], strict=False)]
+            sizes = [after - before for before, after in pairwise(bounds)]
             made.append((kinds[start], self.ids[start:stop], text[bounds[0] : bounds[-1]], sizes))
             start = stop
         return made

@@ -93,8 +93,8 @@ def read(path: Path) -> Contents:
     # A write that was cut short leaves one line without an end; anything else is damage.
     if b"\n" in rest[:-1]:
         raise SessionDamaged(
-            f"line {len(contents.lines) + 1} of {path} is damaged and others follow it; restore a copy, or keep "
-            f"what comes before it with: templora sessions repair {path.parent}"
+            f"line {len(contents.lines) + 1} of {path} is damaged and others follow it; restore a copy, or "
+            f"keep what comes before it with: templora sessions repair {path.parent}"
         )
     return contents
 
@@ -132,6 +132,6 @@ def _readable(path: Path) -> Any:
 
 def _cannot_write(path: Path, error: OSError) -> OutputError:
     return OutputError(
-        f"cannot write to {path}: {error.strerror}; free some space or make it writable, then go on: all that "
-        "was written before is safe"
+        f"cannot write to {path}: {error.strerror}; free some space or make it writable, then go on: all "
+        "that was written before is safe"
     )

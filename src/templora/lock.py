@@ -57,13 +57,13 @@ class Lock:
         here = socket.gethostname()
         if not self._free(owner, here):
             raise SessionLocked(
-                f"{self.path.parent} is open in process {owner.get('pid', '?')} on {owner.get('host', here)}; "
-                "close it there first"
+                f"{self.path.parent} is open in process {owner.get('pid', '?')} on {owner.get('host', here)};"
+                " close it there first"
             )
         if owner.get("host", here) != here:
             raise SessionLocked(
-                f"{self.path.parent} was opened by process {owner.get('pid')} on {owner['host']} and not closed; "
-                f"if that has ended, remove {self.path}"
+                f"{self.path.parent} was opened by process {owner.get('pid')} on {owner['host']} and not "
+                f"closed; if that has ended, remove {self.path}"
             )
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, json.dumps({"pid": os.getpid(), "host": here}).encode(), 0)

@@ -23,7 +23,9 @@ def upgrade(folder: Path, found: header.Header) -> header.Header:
         try:
             found = STEPS[found["format"]](folder, found)
         except (KeyError, TypeError, ValueError) as error:
-            raise SessionDamaged(f"{folder} is of format {found['format']} and damaged; restore a copy") from error
+            raise SessionDamaged(
+                f"{folder} is of format {found['format']} and damaged; restore a copy"
+            ) from error
     return found
 
 

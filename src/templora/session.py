@@ -6,11 +6,10 @@ taken up again later with the same result.
 
 import io
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import LogitsProcessorList
@@ -18,9 +17,10 @@ from transformers import LogitsProcessorList
 from templora.adapter import Adapter
 from templora.base import Base
 from templora.detokenizer import Detokenizer
-from templora.errors import InvalidText, OutOfMemory, SessionClosed, TemploraError
+from templora.errors import InvalidText, NeedsFolder, SessionClosed, TemploraError
 from templora.events import ChunkScored, ChunkWritten, End, Event, Token, Warned
 from templora.learner import Learner
+from templora.memory import fits_in_memory
 from templora.metrics import Tally
 from templora.passes import Passes
 from templora.recipe import SIZES, Recipe
@@ -28,6 +28,9 @@ from templora.recipe import load as load_recipe
 from templora.sampling import Sampler, Sampling
 from templora.study import Study
 from templora.window import Span, fit
+
+# What only a session on disk can do.
+ON_DISK = ("undo", "redo", "rewind", "fork", "edit", "editing", "note", "reseed", "close", "versions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,7 @@ class Session:
         """
         before, base, adapted = len(self.ids), Tally(), Tally()
         for event in self.reading(text, score_base=score_base):
-            _count(event, base, adapted)
+            count(event, base, adapted)
         tokens = len(self.ids) - before
         return Reading(tokens, adapted.tokens, base.perplexity, adapted.perplexity)
 
@@ -115,7 +118,7 @@ class Session:
         span = replace(full, stop=min(full.stop, len(self.ids)))
         if span.tokens < 1:
             return
-        with self._memory():
+        with fits_in_memory(self.plan):
             base_nll = self.passes.base_nll(self.ids, span) if score_base else None
             with torch.no_grad(), self.adapter.attached():
                 nll = float(self.passes.nll(self.ids, span, self.plan.window).sum())
@@ -179,7 +182,7 @@ class Session:
         yield from self._announcements()
         while True:
             for event in self._finish_full_chunks(score_base, clock):
-                _count(event, base, adapted)
+                count(event, base, adapted)
                 yield event
                 clock = time.perf_counter()
             if written >= tokens or reason != "tokens":
@@ -258,7 +261,7 @@ class Session:
 
     def _next_token(self, processors: LogitsProcessorList, *, greedy: bool) -> int:
         span = self.plan.span(self.chunk)
-        with self._memory():
+        with fits_in_memory(self.plan):
             logits = self.decoder.logits(self.ids, span)
             return self.sampler.draw(logits, self.ids[span.visible :], processors, greedy=greedy)
 
@@ -268,13 +271,20 @@ class Session:
         while len(self.ids) >= (span := self.plan.span(self.chunk)).stop:
             written, seconds = self._own_tokens(span), time.perf_counter() - clock
             base = self._scores_base(span, score_base)
-            with self._memory():
+            with fits_in_memory(self.plan):
                 events = self.study.finish(self.ids, span, written, score_base=base)
             self.chunk, self._written = self.chunk + 1, 0
             events += self._finished(span, base, events)
             if written:
                 yield ChunkWritten(span.chunk, span.start, span.tokens, written, seconds)
             yield from events
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name in ON_DISK:
+                raise NeedsFolder(f"{name} needs a session on disk; make it with base.session(dir=…)")
+            raise AttributeError(f"a session has no attribute {name!r}")
 
     def _announcements(self) -> Iterator[Event]:
         announced, self._to_announce = self._to_announce, []
@@ -293,26 +303,9 @@ class Session:
         if torch.is_inference_mode_enabled():
             raise TemploraError("nothing can be learned inside torch.inference_mode(); use no_grad instead")
 
-    @contextmanager
-    def _memory(self) -> Generator[None]:
-        try:
-            yield
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
-                raise
-            plan = self.plan
-            raise OutOfMemory(
-                f"out of memory at window {plan.window}, chunk {plan.chunk}, context {plan.context}; "
-                "lower chunk or context if it happened while learning, else window"
-            ) from error
 
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    message = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in message
-
-
-def _count(event: Event, base: Tally, adapted: Tally) -> None:
+def count(event: Event, base: Tally, adapted: Tally) -> None:
+    """Add a scored chunk to both sums; other events pass by."""
     if isinstance(event, ChunkScored):
         adapted.add(event.adapted_nll, event.tokens)
         if event.base_nll is not None:

@@ -4,24 +4,22 @@ Undoing, rewinding and forking only move the text back and forth in its history;
 next computes the adapter that belongs there. So all of it works without a base, at once.
 """
 
-import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from templora import header, journal, migrations
+from templora import header, journal, migrations, shelf
 from templora.errors import NoSuchMoment, NotASession, OutputError, SessionClosed, SessionDamaged
 from templora.events import ChunkScored
 from templora.history import GIVEN, History, replayed
 from templora.journal import Journal
 from templora.lock import Lock
 from templora.metrics import Tally
+from templora.shelf import JOURNAL, LOCK, VERSIONS
 from templora.versions import Version, Versions
 from templora.window import Span
 
-JOURNAL, VERSIONS, LOCK = "journal.jsonl", "versions", "lock"
 BUDGET = 1 << 30  # bytes that the versions of a session may take
 Encoder = Callable[[str], tuple[list[int], list[int]]]
 
@@ -53,7 +51,7 @@ class Store:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if any(path.name != LOCK for path in folder.iterdir()):
-                raise NotASession(_occupied(folder))
+                raise NotASession(shelf.occupied(folder))
             line, _ = journal.sealed({"op": "begin", "header": head}, 0)
             (folder / JOURNAL).write_bytes(line)
             (folder / VERSIONS).mkdir()
@@ -142,7 +140,9 @@ class Store:
         history = self.history
         length = history.end(len(history.ids))
         if not 0 <= start <= end <= length:
-            raise NoSuchMoment(f"characters {start} to {end} cannot be edited: the text has {length} characters")
+            raise NoSuchMoment(
+                f"characters {start} to {end} cannot be edited: the text has {length} characters"
+            )
         keep = history.before(start, least)
         rest, whole = history.after(end, keep), history.text.getvalue()
         new = whole[history.end(keep) : start] + text + whole[end : history.end(rest)]
@@ -182,7 +182,9 @@ class Store:
         """
         if isinstance(to, int):
             if not 0 <= to <= len(self.history.ids):
-                raise NoSuchMoment(f"{self.folder} has {len(self.history.ids)} tokens; rewind to 0 up to that")
+                raise NoSuchMoment(
+                    f"{self.folder} has {len(self.history.ids)} tokens; rewind to 0 up to that"
+                )
             self._note({"op": "cut", "tokens": to})
         elif to in self.notes:
             self._go_to(self.notes[to])
@@ -208,7 +210,7 @@ class Store:
         Raises:
             NotASession: there is something at `folder`. OutputError: it cannot be written.
         """
-        copy(self.folder, folder, self.header)
+        shelf.copy(self.folder, folder, self.header)
 
     def discard(self, *, keep_text: bool) -> None:
         """Delete all versions, or the whole folder."""
@@ -229,7 +231,7 @@ class Store:
             if version.chunk <= len(history.learned) and version.tokens <= len(history.ids):
                 if history.digest(version.chunk, version.tokens).hex() == version.digest:
                     found.append(version)
-        return sorted(found, key=lambda v: (v.tokens, v.number))
+        return sorted(found, key=lambda v: (v.tokens, v.chunk, v.number))
 
     def save(self, chunk: int, tokens: int, adapter: int, fill: Callable[[Path], None]) -> Version:
         """Make a version of the state after those chunks and tokens; thin the others.
@@ -279,76 +281,6 @@ def scores(history: History) -> tuple[Tally, Tally]:
     return base, adapted
 
 
-def look(folder: Path) -> tuple[header.Header, History]:
-    """A session's header and history, without opening it: nothing is locked, mended or written."""
-    found = header.read(folder)
-    if found["format"] != header.FORMAT:
-        raise NotASession(f"{folder} is of an older format; open it once with: templora write --session {folder}")
-    contents = journal.good(folder / JOURNAL)
-    return found, replayed(contents.lines, header.plan_of(found), found["seed"])[0]
-
-
-def copy(source: Path, target: Path, head: header.Header) -> None:
-    """A copy of a session that shares the files of its versions; it appears whole or not at all."""
-    if target.exists() and any(target.iterdir()):
-        raise NotASession(_occupied(target))
-    part = target.with_name(f".{target.name}.part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        # The journal grows, so it must be a file of its own; versions never change.
-        shutil.copyfile(source / JOURNAL, part / JOURNAL)
-        shutil.copytree(source / VERSIONS, part / VERSIONS, copy_function=_link, ignore=_partial)
-        header.write(part, {**head, "forked_from": str(source)})
-        if target.exists():
-            target.rmdir()
-        os.replace(part, target)
-    except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise OutputError(f"cannot fork to {target}: {error.strerror}; choose another folder") from error
-
-
-def repair(folder: Path) -> int:
-    """Keep the good beginning of a damaged journal; the whole of it stays in `journal.damaged`.
-
-    Returns how many lines are left.
-    """
-    lock = Lock(folder / LOCK)
-    try:
-        path = folder / JOURNAL
-        contents = journal.good(path)
-        if not contents.lines:
-            raise SessionDamaged(f"not one line of {path} is good; restore a copy")
-        shutil.copyfile(path, folder / "journal.damaged")
-        os.truncate(path, contents.size)
-        versions = Versions(folder / VERSIONS)
-        for version in versions.all():
-            if version.line > len(contents.lines):
-                versions.remove(version.number)
-        return len(contents.lines)
-    except OSError as error:
-        raise OutputError(f"cannot repair {folder}: {error.strerror}; make it writable") from error
-    finally:
-        lock.release()
-
-
 def _run(text: str, encoded: Encoder) -> tuple[list[int], str, list[int]]:
     ids, sizes = encoded(text)
     return ids, text, sizes
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one that cannot
-        shutil.copyfile(source, target)
-
-
-def _partial(_: str, names: list[str]) -> list[str]:
-    return [name for name in names if name.startswith(".")]
-
-
-def _occupied(folder: Path) -> str:
-    if (folder / header.NAME).exists():
-        return f"{folder} holds a session already; resume it with templora.resume({str(folder)!r})"
-    return f"{folder} is not empty; choose a folder that does not exist yet"

@@ -1,0 +1,92 @@
+"""Sessions as folders, closed: find them, look into one, copy one, mend one."""
+
+import os
+import shutil
+from pathlib import Path
+
+from templora import header, journal
+from templora.errors import NotASession, OutputError, SessionDamaged
+from templora.history import History, replayed
+from templora.lock import Lock
+from templora.versions import Versions
+
+JOURNAL, VERSIONS, LOCK = "journal.jsonl", "versions", "lock"
+
+
+def find(folder: Path) -> list[Path]:
+    """Sessions in a folder, and the folder itself if it is one; not deeper."""
+    candidates = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
+    return [path for path in candidates if (path / header.NAME).is_file()]
+
+
+def look(folder: Path) -> tuple[header.Header, History]:
+    """A session's header and history, without opening it: nothing is locked, mended or written."""
+    found = header.read(folder)
+    if found["format"] != header.FORMAT:
+        raise NotASession(
+            f"{folder} is of an older format; open it once with: templora write --session {folder}"
+        )
+    contents = journal.good(folder / JOURNAL)
+    return found, replayed(contents.lines, header.plan_of(found), found["seed"])[0]
+
+
+def copy(source: Path, target: Path, head: header.Header) -> None:
+    """A copy of a session that shares the files of its versions; it appears whole or not at all."""
+    if target.exists() and any(target.iterdir()):
+        raise NotASession(occupied(target))
+    part = target.with_name(f".{target.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        # The journal grows, so it must be a file of its own; versions never change.
+        shutil.copyfile(source / JOURNAL, part / JOURNAL)
+        shutil.copytree(source / VERSIONS, part / VERSIONS, copy_function=_link, ignore=_partial)
+        header.write(part, {**head, "forked_from": str(source)})
+        if target.exists():
+            target.rmdir()
+        os.replace(part, target)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise OutputError(f"cannot fork to {target}: {error.strerror}; choose another folder") from error
+
+
+def repair(folder: Path) -> int:
+    """Keep the good beginning of a damaged journal; the whole of it stays in `journal.damaged`.
+
+    Returns how many lines are left.
+    """
+    lock = Lock(folder / LOCK)
+    try:
+        path = folder / JOURNAL
+        contents = journal.good(path)
+        if not contents.lines:
+            raise SessionDamaged(f"not one line of {path} is good; restore a copy")
+        shutil.copyfile(path, folder / "journal.damaged")
+        os.truncate(path, contents.size)
+        versions = Versions(folder / VERSIONS)
+        for version in versions.all():
+            if version.line > len(contents.lines):
+                versions.remove(version.number)
+        return len(contents.lines)
+    except OSError as error:
+        raise OutputError(f"cannot repair {folder}: {error.strerror}; make it writable") from error
+    finally:
+        lock.release()
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one that cannot
+        shutil.copyfile(source, target)
+
+
+def _partial(_: str, names: list[str]) -> list[str]:
+    return [name for name in names if name.startswith(".")]
+
+
+def occupied(folder: Path) -> str:
+    """Why no session can begin there."""
+    if (folder / header.NAME).exists():
+        return f"{folder} holds a session already; resume it with templora.resume({str(folder)!r})"
+    return f"{folder} is not empty; choose a folder that does not exist yet"

@@ -1,0 +1,35 @@
+"""How many characters of a text each of its tokens completes: where a text can be cut between two tokens."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from templora.base import Base
+from templora.detokenizer import Detokenizer
+
+
+def sizes(base: Base, ids: Sequence[int], text: str) -> list[int]:
+    """Characters that each token completes; they add up to the whole text.
+
+    A token that only begins a character, or that has no text, completes none.
+    """
+    if not ids:
+        return []
+    if not text or not base.has_tokenizer:
+        return [*[0] * (len(ids) - 1), len(text)]
+    detokenizer = Detokenizer(base.tokenizer)
+    pieces = [detokenizer.step(token) for token in ids]
+    if "".join(pieces) == text:
+        return [len(piece) for piece in pieces]
+    return _offsets(base, ids, text)
+
+
+def _offsets(base: Base, ids: Sequence[int], text: str) -> list[int]:
+    """The tokenizer's own account, where its tokens do not give the text back letter by letter."""
+    if not base.tokenizer.is_fast:
+        return [*[0] * (len(ids) - 1), len(text)]
+    found: Any = base.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ends = [min(a[1], b[0]) for a, b in pairwise(found["offset_mapping"])] + [len(text)]
+    # Tokens before the text's own, such as the one that begins a text.
+    ends = [0] * (len(ids) - len(ends)) + ends
+    return [after - before for before, after in pairwise([0, *ends])]
