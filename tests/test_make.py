@@ -17,7 +17,7 @@ def test_make_write_streams_prose_and_says_where_it_is_and_what_the_adapter_was_
         pytest.skip("runs in the environment that make made")
     out = tmp_path / "novel.txt"
     done = subprocess.run(
-        ["make", "write", "TOKENS=300", f"ARGS=--out {out}"],
+        ["make", "--no-print-directory", "write", "TOKENS=300", f"ARGS=--out {out}"],
         cwd=ROOT,
         env=os.environ | {"COLUMNS": "100"},
         capture_output=True,

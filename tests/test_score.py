@@ -2,8 +2,10 @@
 
 import json
 import math
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -221,16 +223,15 @@ def test_a_run_that_is_killed_resumes_to_the_result_of_one_that_was_not(folder: 
         return [sys.executable, "-c", program, "score", str(book), *options, "--json", str(out), "--resume"]
 
     subprocess.run(command(tmp_path / "whole.json"), check=True, capture_output=True)
-    killed, kills = tmp_path / "killed.json", 0
-    while not killed.exists():
+    killed, checkpoint = tmp_path / "killed.json", tmp_path / ".killed.json.checkpoint"
+    for _ in range(3):
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         process = subprocess.Popen(command(killed), stderr=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=9 + 2 * kills)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-    assert kills >= 1
+        while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before):
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "it was done before it could be killed"
+    subprocess.run(command(killed), check=True, capture_output=True)
     (whole,), (resumed,) = (json.loads(p.read_text("utf-8")) for p in (tmp_path / "whole.json", killed))
     times = {"learn_seconds"}
     strip = [[{k: v for k, v in c.items() if k not in times} for c in e["chunks"]] for e in (whole, resumed)]

@@ -95,7 +95,8 @@ class Base:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens."""
-        return self.tokenizer.encode(text, add_special_tokens=False)  # pyright: ignore[reportReturnType]
+        # verbose: that a novel is longer than the positions is no news here.
+        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)  # pyright: ignore[reportReturnType]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from templora.commands.inputs import load_base, text_of
+from templora.commands.options import Model
 from templora.commands.running import one_line_errors, say
 from templora.commands.score import Job, Results, score_all
 from templora.errors import InvalidText, OutputError
@@ -18,7 +19,7 @@ app = typer.Typer(no_args_is_help=True, help="Benchmarks that you run on your ow
 def pg19(
     folder: Annotated[Path, typer.Argument(help="A folder of .txt or .txt.xz books.")],
     out: Annotated[Path, typer.Option(help="A folder for results, tables and the plot.")],
-    model: Annotated[str, typer.Option(help="novelist, a local folder, or a hub id.")] = "novelist",
+    model: Model = "novelist",
     recipe: Annotated[list[str] | None, typer.Option(help="May be repeated: compared side by side.")] = None,
     window: Annotated[int | None, typer.Option(help="Window and context of all recipes.")] = None,
     chunk: Annotated[int | None, typer.Option(help="Chunk of recipe paper; others keep their own.")] = None,
@@ -64,7 +65,7 @@ def sweep(
     config: Annotated[Path, typer.Argument(help="YAML: recipe, tokens, set, runs.")],
     texts: Annotated[list[Path], typer.Argument(help="Texts; .jsonl files hold one {title, text} a line.")],
     out: Annotated[Path, typer.Option(help="A Markdown file for the table.")],
-    model: Annotated[str, typer.Option(help="novelist, a local folder, or a hub id.")] = "novelist",
+    model: Model = "novelist",
 ) -> None:
     """Compare recipes on the same texts."""
     from templora.bench import sweep as bench

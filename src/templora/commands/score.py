@@ -12,6 +12,7 @@ import typer
 
 from templora.bench.checkpoint import Checkpoint
 from templora.commands.inputs import load_base, load_recipe, text_of
+from templora.commands.options import Context, Device, Dtype, Model, Pairs, RecipeName, Window
 from templora.commands.running import INTERRUPTED, interruptible, one_line_errors, say
 from templora.errors import OutputError, TemploraError
 
@@ -34,21 +35,19 @@ def score(
     files: Annotated[list[Path], typer.Argument(help="Texts, UTF-8, plain or .xz.")],
     tokens: Annotated[int | None, typer.Option(min=1, help="Score at most so many tokens of each.")] = None,
     skip: Annotated[int, typer.Option(min=0, help="Leave out so many tokens first.")] = 0,
-    model: Annotated[str, typer.Option(help="novelist, a local folder, or a hub id.")] = "novelist",
-    recipe: Annotated[str, typer.Option(help="default, paper, or a YAML file.")] = "default",
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Recipe key=value; may be repeated.")
-    ] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens visible before a chunk.")] = None,
+    model: Model = "novelist",
+    recipe: RecipeName = "default",
+    set_: Pairs = None,
+    window: Window = None,
     chunk: Annotated[int | None, typer.Option(help="Tokens scored, then learned.")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens visible while a chunk is learned.")] = None,
+    context: Context = None,
     seed: Annotated[int, typer.Option(help="Of the adapter's start.")] = 0,
     base: Annotated[bool, typer.Option(help="Also score under the bare base.")] = True,
     json_: Annotated[Path | None, typer.Option("--json", help="Where results are stored.")] = None,
     plot: Annotated[Path | None, typer.Option(help="A picture: perplexity by position.")] = None,
     resume: Annotated[bool, typer.Option(help="Keep what --json holds; do the rest.")] = False,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
 ) -> None:
     """Score texts."""
     with one_line_errors():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from templora.commands.inputs import load_base, load_recipe, sampling_for, text_of
+from templora.commands.options import Context, Device, Dtype, Model, Pairs, RecipeName, Window
 from templora.commands.running import INTERRUPTED, interruptible, one_line_errors, say
 from templora.errors import InvalidText
 
@@ -37,14 +38,12 @@ def write(
     read: Annotated[list[Path] | None, typer.Option(help="Text to learn first; may be repeated.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write.")] = 1000,
     out: Annotated[Path | None, typer.Option(help="Where the text is saved. Never overwrites.")] = None,
-    model: Annotated[str, typer.Option(help="novelist, a local folder, or a hub id.")] = "novelist",
-    recipe: Annotated[str, typer.Option(help="default, paper, or a YAML file.")] = "default",
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Recipe key=value; may be repeated.")
-    ] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens visible before a chunk.")] = None,
+    model: Model = "novelist",
+    recipe: RecipeName = "default",
+    set_: Pairs = None,
+    window: Window = None,
     chunk: Annotated[int | None, typer.Option(help="Tokens written, then learned.")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens visible while a chunk is learned.")] = None,
+    context: Context = None,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
     top_k: Annotated[int | None, typer.Option()] = None,
@@ -54,8 +53,8 @@ def write(
     stop: Annotated[list[str] | None, typer.Option(help="End where this string appears.")] = None,
     stop_at_eos: Annotated[bool, typer.Option(help="End where the model ends a document.")] = False,
     base: Annotated[bool, typer.Option(help="Also measure perplexity under the bare base.")] = True,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
     json: Annotated[bool, typer.Option("--json", help="One event a line.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No text on the screen.")] = False,
 ) -> None:

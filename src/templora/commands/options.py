@@ -1,0 +1,13 @@
+"""Options that several commands share, so that one word means one thing on all of them."""
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Option(help="novelist, a local folder, or a hub id.")]
+RecipeName = Annotated[str, typer.Option(help="default, paper, or a YAML file.")]
+Pairs = Annotated[list[str] | None, typer.Option("--set", help="Recipe key=value; may be repeated.")]
+Window = Annotated[int | None, typer.Option(help="Tokens visible before a chunk.")]
+Context = Annotated[int | None, typer.Option(help="Tokens visible while a chunk is learned.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, …")]
