@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from templora import __version__
-from templora.commands import bench, score, write
+from templora.commands import bench, read, score, sessions, write
 
 app = typer.Typer(
     name="templora",
@@ -14,7 +14,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.command(help=write.HELP)(write.write)
+app.command(help=read.HELP)(read.read)
 app.command(help=score.HELP)(score.score)
+app.add_typer(sessions.app, name="sessions")
 app.add_typer(bench.app, name="bench")
 
 

@@ -1,7 +1,8 @@
 """Sessions of older formats, brought up to date one step at a time when they are opened for writing.
 
 Each step makes the new files beside the old ones and replaces `session.json` last, so that a step that is
-cut short is simply done again. What was replaced stays beside it. Versions of an older format are dropped: the journal rebuilds any state.
+cut short is simply done again. What was replaced stays beside it. Versions of an older format are dropped:
+the journal rebuilds any state.
 """
 
 import json

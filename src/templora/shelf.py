@@ -8,7 +8,7 @@ from templora import header, journal
 from templora.errors import NotASession, OutputError, SessionDamaged
 from templora.history import History, replayed
 from templora.lock import Lock
-from templora.versions import Versions
+from templora.versions import Version, Versions
 
 JOURNAL, VERSIONS, LOCK = "journal.jsonl", "versions", "lock"
 
@@ -28,6 +28,21 @@ def look(folder: Path) -> tuple[header.Header, History]:
         )
     contents = journal.good(folder / JOURNAL)
     return found, replayed(contents.lines, header.plan_of(found), found["seed"])[0]
+
+
+def names(folder: Path) -> dict[int, list[str]]:
+    """The notes of each version, by its number."""
+    found: dict[int, list[str]] = {}
+    for line in journal.good(folder / JOURNAL).lines:
+        if line["op"] == "note":
+            found.setdefault(line["version"], []).append(line["name"])
+    return found
+
+
+def leads_to(version: Version, history: History) -> bool:
+    """Whether a version lies on the way to the end of a history."""
+    within = version.chunk <= len(history.learned) and version.tokens <= len(history.ids)
+    return within and history.digest(version.chunk, version.tokens).hex() == version.digest
 
 
 def copy(source: Path, target: Path, head: header.Header) -> None:

@@ -73,14 +73,14 @@ class Store:
             )
         if contents.torn:
             self.warnings.append(
-                f"the last line of {self.path} was cut short or damaged ({contents.torn} bytes); it was dropped"
+                f"the last line of {self.path} was cut short or damaged; {contents.torn} bytes were dropped"
             )
         self.history, self.redoable = self._replayed(contents.lines)
         self.notes = {line["name"]: n for n, line in enumerate(contents.lines, 1) if line["op"] == "note"}
         self.named = {line["version"] for line in contents.lines if line["op"] == "note"}
         if contents.lines[-1]["op"] == "discard":
             raise SessionClosed(
-                f"{self.folder} was discarded; its text can be had with: templora sessions export {self.folder}"
+                f"{self.folder} was discarded; its text is there: templora sessions export {self.folder}"
             )
         self.journal = Journal(self.path, contents)
         self.versions.clean()
@@ -226,11 +226,7 @@ class Store:
 
     def usable(self) -> list[Version]:
         """Versions that lie on the way to this moment, oldest first."""
-        history, found = self.history, list[Version]()
-        for version in self.versions.all():
-            if version.chunk <= len(history.learned) and version.tokens <= len(history.ids):
-                if history.digest(version.chunk, version.tokens).hex() == version.digest:
-                    found.append(version)
+        found = [version for version in self.versions.all() if shelf.leads_to(version, self.history)]
         return sorted(found, key=lambda v: (v.tokens, v.chunk, v.number))
 
     def save(self, chunk: int, tokens: int, adapter: int, fill: Callable[[Path], None]) -> Version:

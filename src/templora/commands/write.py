@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from templora.commands.inputs import load_base, load_recipe, sampling_for, text_of
+from templora.commands.inputs import sampling_for, text_of
+from templora.commands.opening import Wanted, begun, closing_session, exists, given, opened
 from templora.commands.options import Context, Device, Dtype, Model, Pairs, RecipeName, Window
 from templora.commands.running import INTERRUPTED, interruptible, one_line_errors, say
 from templora.errors import InvalidText
@@ -28,14 +29,20 @@ Continue a text, learning it on the way.
 
     templora write --read novel.txt --out novel.txt --tokens 2000
 
+    templora write "It was a dark and stormy night" --session my-novel
+
     templora write --prompt-file opening.txt --model ./my-model --window 2048 --json
 """
 
 
 def write(
+    context_: typer.Context,
     prompt: Annotated[str | None, typer.Argument(help="The text to continue.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A file that holds the prompt.")] = None,
     read: Annotated[list[Path] | None, typer.Option(help="Text to learn first; may be repeated.")] = None,
+    session: Annotated[
+        Path | None, typer.Option(help="A folder that keeps text and adapter; continued if it exists.")
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write.")] = 1000,
     out: Annotated[Path | None, typer.Option(help="Where the text is saved. Never overwrites.")] = None,
     model: Model = "novelist",
@@ -60,9 +67,12 @@ def write(
 ) -> None:
     """Continue a text."""
     with one_line_errors():
-        opening = _opening(prompt, prompt_file, read or [])
-        given = [text_of(path) for path in read or []]
-        path = out or Path(f"templora-{datetime.now():%Y%m%d-%H%M%S}.txt")
+        goes_on = bool(read) or (session is not None and exists(session))
+        opening = _opening(prompt, prompt_file, goes_on)
+        texts = [text_of(path) for path in read or []]
+        path = out
+        if path is None and session is None:
+            path = Path(f"templora-{datetime.now():%Y%m%d-%H%M%S}.txt")
         sampling = {
             "temperature": temperature,
             "top_k": top_k,
@@ -70,37 +80,42 @@ def write(
             "min_p": min_p,
             "repetition_penalty": repetition_penalty,
         }
-        session = load_base(model, dtype, device).session(
-            load_recipe(recipe, set_ or [], {"window": window, "chunk": chunk, "context": context}),
-            seed=seed,
-        )
+        sizes = {"window": window, "chunk": chunk, "context": context}
+        wanted = Wanted(model, recipe, set_ or [], sizes, seed, dtype, device, given(context_))
+        made = begun(wanted) if session is None else opened(session, wanted)
         wishes = {
             "stop": stop or (),
             "stop_at_eos": stop_at_eos,
             "score_base": base,
             # Made here, so that a value that cannot work is refused before anything is read or written.
-            "sampling": sampling_for(session, sampling),
+            "sampling": sampling_for(made, sampling),
         }
-        append = any(path.exists() and path.samefile(r) for r in read or [])
-        _write(_Job(session, opening, given, tokens, path, append, wishes), json=json, quiet=quiet)
+        append = path is not None and any(path.exists() and path.samefile(r) for r in read or [])
+        with closing_session(made):
+            _write(_Job(made, session, opening, texts, tokens, path, append, wishes), json=json, quiet=quiet)
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What to write: after which texts, how much, where to, with which wishes for `Session.write`."""
+    """What to write: after which texts, how much, where to, with which wishes for `Session.write`.
+
+    folder: of a session on disk. path: a file for the text.
+    """
 
     session: "Session"
+    folder: Path | None
     opening: str
     given: list[str]
     tokens: int
-    path: Path
+    path: Path | None
     append: bool
     wishes: dict[str, Any]
 
     def events(self) -> "Iterator[Event]":
         """Learn what is given, then write."""
         for text in (*self.given, self.opening):
-            if text:
+            # A text that the session ends with was given before, by a run that was stopped while it learned.
+            if text and not (self.folder and self.session.text.endswith(text)):
                 yield from self.session.reading(text, score_base=self.wishes["score_base"])
         yield from self.session.write(self.tokens, **self.wishes)
 
@@ -113,8 +128,11 @@ def _write(job: _Job, *, json: bool, quiet: bool) -> None:
     sink = report.JsonLines() if json else report.Quiet() if quiet else report.screen_or_plain(status)
     end: End | None = None
     with ExitStack() as stack:
-        sinks: list[report.Sink] = [stack.enter_context(report.TextFile(job.path, append=job.append))]
-        sinks.append(stack.enter_context(sink))
+        sinks: list[report.Sink] = [stack.enter_context(sink)]
+        if job.path is not None:
+            file = stack.enter_context(report.TextFile(job.path, append=job.append))
+            file.echo(job.session.text)
+            sinks.insert(0, file)
         interrupted = stack.enter_context(interruptible())
         for each in sinks:
             each.echo(job.opening)
@@ -135,18 +153,23 @@ def _closing_lines(job: _Job, end: "End | None") -> None:
             f"perplexity of {end.scored_tokens:,} tokens: base {end.base_perplexity:.2f}, "
             f"adapter {end.adapted_perplexity:.2f} ({change:+.1f} %)"
         )
-    path = shlex.quote(str(job.path))
     state = "saved to" if end else "interrupted; all that was written is in"
+    if job.folder is not None:
+        folder = shlex.quote(str(job.folder))
+        say(f"{state} {folder}")
+        say(f"go on with: templora write --session {folder} --tokens {job.tokens}")
+        return
+    path = shlex.quote(str(job.path))
     say(f"{state} {path}")
     name = job.session.base.name
     model = "" if name == "novelist" else f" --model {shlex.quote(name)}"
     say(f"go on with: templora write --read {path} --out {path}{model} --tokens {job.tokens}")
 
 
-def _opening(prompt: str | None, prompt_file: Path | None, read: list[Path]) -> str:
+def _opening(prompt: str | None, prompt_file: Path | None, goes_on: bool) -> str:
     if prompt is not None and prompt_file is not None:
         raise InvalidText("a prompt and --prompt-file were both given; give one of them")
     text = text_of(prompt_file) if prompt_file is not None else prompt or ""
-    if not text.strip() and not read:
+    if not text.strip() and not goes_on:
         raise InvalidText('the prompt is empty; say for example: templora write "It was a dark night"')
     return text

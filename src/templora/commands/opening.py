@@ -1,0 +1,90 @@
+"""A session in a folder, for commands: continued where there is one, begun where there is none."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from templora import header
+from templora.commands.inputs import load_base, load_recipe
+from templora.commands.running import say
+from templora.errors import InvalidRecipe
+
+if TYPE_CHECKING:
+    from templora.durable import DurableSession
+    from templora.session import Session
+
+# What a session was begun with, and so cannot change.
+SETTLED = ("recipe", "set_", "window", "chunk", "context", "dtype")
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the command line says about a session. given: names of the options that the user wrote."""
+
+    model: str = "novelist"
+    recipe: str = "default"
+    pairs: list[str] = field(default_factory=list[str])
+    sizes: dict[str, int | None] = field(default_factory=dict[str, int | None])
+    seed: int = 0
+    dtype: str | None = None
+    device: str | None = None
+    given: frozenset[str] = frozenset()
+
+
+def given(context: typer.Context) -> frozenset[str]:
+    """Names of the options that the user wrote."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return frozenset(name for name, source in sources.items() if source and source.name == "COMMANDLINE")
+
+
+def exists(folder: Path) -> bool:
+    """Whether there is a session, in whatever state."""
+    return (folder / header.NAME).exists() or (folder / "journal.jsonl").exists()
+
+
+def begun(wanted: Wanted, folder: Path | None = None) -> "Session":
+    """A new session, on disk if there is a folder."""
+    base = load_base(wanted.model, wanted.dtype, wanted.device)
+    recipe = load_recipe(wanted.recipe, wanted.pairs, wanted.sizes)
+    return base.session(recipe, seed=wanted.seed, dir=folder)
+
+
+@contextmanager
+def closing_session(session: "Session") -> Generator[None]:
+    """Close it afterwards if it is on disk."""
+    try:
+        yield
+    finally:
+        if hasattr(session, "close"):
+            session.close()  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+
+
+def opened(folder: Path, wanted: Wanted) -> "DurableSession":
+    """The session in that folder, or a new one.
+
+    Raises:
+        InvalidRecipe: the session exists, and an option would change what it was begun with.
+    """
+    from templora.durable import DurableSession, resume
+
+    if not exists(folder):
+        made = begun(wanted, folder)
+        assert isinstance(made, DurableSession)
+        return made
+    if settled := [name.rstrip("_") for name in SETTLED if name in wanted.given]:
+        names = ", ".join(f"--{name}" for name in settled)
+        raise InvalidRecipe(f"{folder} exists and keeps what it was begun with; leave out {names}")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    name = wanted.model if "model" in wanted.given else None
+    session = resume(folder, device=wanted.device, name=name)
+    if "seed" in wanted.given and wanted.seed != session.sampler.seed:
+        session.reseed(wanted.seed)
+        say(f"from here on drawn from seed {wanted.seed}")
+    return session

@@ -1,0 +1,225 @@
+"""`templora sessions`: look at sessions, move in their past, copy, export, remove. No model is loaded."""
+
+import os
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from templora.commands.opening import exists
+from templora.commands.running import one_line_errors, say
+from templora.errors import InvalidRecipe, NotASession, OutputError, TemploraError
+
+if TYPE_CHECKING:
+    from templora.history import History
+    from templora.store import Store
+    from templora.versions import Version
+
+app = typer.Typer(no_args_is_help=True, help="Sessions on disk: ls, show, undo, rewind, fork, export, rm.")
+Folder = Annotated[Path, typer.Argument(help="The session's folder.")]
+
+
+@app.command()
+def ls(folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path()) -> None:
+    """Sessions in a folder."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from templora import shelf
+    from templora.store import scores
+
+    with one_line_errors():
+        if not folder.is_dir():
+            raise NotASession(f"no folder {folder}; check the name")
+        table = Table("session", "tokens", "chunks", "perplexity", "base", "recipe", box=None)
+        for path in shelf.find(folder):
+            try:
+                head, history = shelf.look(path)
+            except TemploraError as error:
+                table.add_row(str(path), "", "", "", "", f"cannot be opened: {error}")
+                continue
+            _, adapted = scores(history)
+            perplexity = f"{adapted.perplexity:.2f}" if adapted.perplexity else ""
+            counts = (f"{len(history.ids):,}", f"{len(history.learned):,}")
+            table.add_row(str(path), *counts, perplexity, head["base"]["name"], head["recipe"]["name"])
+        Console(highlight=False).print(table)
+
+
+@app.command()
+def show(folder: Folder) -> None:
+    """The versions of a session as a tree, with perplexities."""
+    from rich.console import Console
+    from rich.tree import Tree
+
+    from templora import shelf
+    from templora.versions import Versions
+
+    with one_line_errors():
+        head, history = shelf.look(folder)
+        base = head["base"]["name"] or "a model in memory"
+        title = f"{folder}: {len(history.ids):,} tokens on {base}, recipe {head['recipe']['name']}"
+        root = Tree(title, highlight=False)
+        names = shelf.names(folder)
+        branches: dict[int, Tree] = {}
+        versions = Versions(folder / shelf.VERSIONS).all()
+        here = [v.number for v in versions if shelf.leads_to(v, history)]
+        for version in versions:
+            parent = next((branches[n] for n in reversed(version.ancestors) if n in branches), root)
+            branches[version.number] = parent.add(
+                _line(version, names, bool(here) and version.number == here[-1])
+            )
+        end: Tree = branches[here[-1]] if here else root
+        end.add(f"now: {len(history.ids):,} tokens, {_last_words(history)!r}")
+        Console(highlight=False).print(root)
+
+
+def _line(version: "Version", names: dict[int, list[str]], newest: bool) -> str:
+    from templora.metrics import perplexity
+
+    parts = [version.name, f"{version.tokens:,} tokens", f"adapter {version.adapter}"]
+    if version.scored:
+        adapted = f"perplexity {perplexity(version.adapted_nll, version.scored):.2f}"
+        bare = version.base_scored and f" (base {perplexity(version.base_nll, version.base_scored):.2f})"
+        parts.append(adapted + (bare or ""))
+    parts += [f"“{name}”" for name in names.get(version.number, [])]
+    return ("* " if newest else "") + ", ".join(parts)
+
+
+def _last_words(history: "History") -> str:
+    return history.text.getvalue()[-50:]
+
+
+@contextmanager
+def _opened(folder: Path) -> "Generator[Store]":
+    from templora.store import Store
+
+    with one_line_errors():
+        store = Store(folder)
+        try:
+            for warning in store.warnings:
+                say(f"warning: {warning}")
+            yield store
+            tokens, words = len(store.history.ids), _last_words(store.history)
+            say(f"{folder} now has {tokens:,} tokens and ends {words!r}")
+        finally:
+            store.close()
+
+
+@app.command()
+def undo(
+    folder: Folder,
+    chunks: Annotated[int, typer.Option(min=1, help="An unfinished one counts as one.")] = 1,
+) -> None:
+    """Take back the last chunks, and what was learned from them."""
+    with _opened(folder) as store:
+        store.undo(chunks)
+
+
+@app.command()
+def redo(folder: Folder) -> None:
+    """Take back the last undo."""
+    with _opened(folder) as store:
+        store.redo()
+
+
+@app.command()
+def rewind(
+    folder: Folder, to: Annotated[str, typer.Argument(help="A number of tokens, a version (v12), or a note.")]
+) -> None:
+    """Go to an earlier moment, or to one on another branch."""
+    with _opened(folder) as store:
+        store.rewind(int(to) if to.isdigit() else to)
+
+
+@app.command()
+def fork(
+    folder: Folder,
+    new: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
+    to: Annotated[str | None, typer.Option(help="Go there at once: tokens, a version, a note.")] = None,
+) -> None:
+    """Copy a session; unchanged files are shared."""
+    from templora.store import Store
+
+    with one_line_errors():
+        store = Store(folder)
+        try:
+            store.fork(new)
+        finally:
+            store.close()
+    with _opened(new) as copy:
+        if to is not None:
+            copy.rewind(int(to) if to.isdigit() else to)
+
+
+@app.command()
+def export(
+    folder: Folder,
+    out: Annotated[Path | None, typer.Option(help="A .txt, .md or .epub file; else to the screen.")] = None,
+    title: Annotated[str | None, typer.Option(help="Of an EPUB.")] = None,
+    language: Annotated[str, typer.Option(help="Of an EPUB.")] = "en",
+) -> None:
+    """The text of a session, chapters split at headings."""
+    from templora import shelf
+    from templora.formats import chapters
+
+    with one_line_errors():
+        text = shelf.look(folder)[1].text.getvalue()
+        if out is None:
+            typer.echo(text, nl=False)
+            return
+        if out.suffix not in (".txt", ".md", ".epub"):
+            raise InvalidRecipe(f"cannot export to {out.name!r}; choose .txt, .md or .epub")
+        if out.exists():
+            raise OutputError(f"{out} exists and is never overwritten; choose another --out")
+        part = out.with_name(f".{out.name}.part")
+        try:
+            if out.suffix == ".epub":
+                from templora.formats import epub
+
+                epub.write(part, title or folder.resolve().name, chapters.split(text), language)
+            else:
+                whole = text if out.suffix == ".txt" else chapters.markdown(chapters.split(text))
+                part.write_text(whole, "utf-8", newline="")
+            os.replace(part, out)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise OutputError(f"cannot write {out}: {error.strerror}; choose another --out") from error
+        say(f"saved to {out}")
+
+
+@app.command()
+def rm(
+    folders: Annotated[list[Path], typer.Argument(help="Sessions.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete sessions, text and all."""
+    from templora.lock import Lock
+
+    with one_line_errors():
+        for folder in folders:
+            if not exists(folder):
+                raise NotASession(f"{folder} holds no session; nothing was deleted")
+        names = ", ".join(map(str, folders))
+        if not yes and not typer.confirm(f"Delete {names}, text and all?", err=True):
+            say("nothing was deleted")
+            raise typer.Exit(1)
+        for folder in folders:
+            Lock(folder / "lock").release()
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:
+                raise OutputError(f"cannot delete {folder}: {error.strerror}; check who may") from error
+            say(f"{folder} is deleted")
+
+
+@app.command()
+def repair(folder: Folder) -> None:
+    """Keep what comes before a damaged place in a session's journal; the damaged file stays beside it."""
+    from templora import shelf
+
+    with one_line_errors():
+        lines = shelf.repair(folder)
+        say(f"{lines:,} lines are good and stay; what was there before is in {folder / 'journal.damaged'}")
