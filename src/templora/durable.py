@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList
 
 from templora import header, snapshot
 from templora.base import Base, load
-from templora.errors import OutputError, SessionClosed
+from templora.errors import OutputError, SessionClosed, WrongBase
 from templora.events import ChunkScored, Event, Warned
 from templora.metrics import Tally
 from templora.recipe import Recipe
@@ -304,8 +304,12 @@ def resume(
     store = Store(Path(dir))
     try:
         wanted = store.header["base"]
+        if base is None and not (name or wanted["name"]):
+            raise WrongBase(
+                f"{store.folder} was begun on a model in memory; give it again: resume(dir, base=…)"
+            )
         if base is None:
-            base = load(name or wanted["name"] or None, dtype=wanted.get("dtype"), device=device)
+            base = load(name or wanted["name"], dtype=wanted.get("dtype"), device=device)
         header.check_base(store.header, base.describe(), store.folder)
         return DurableSession(base, store)
     except BaseException:

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 from templora import header, journal
@@ -46,23 +48,40 @@ def leads_to(version: Version, history: History) -> bool:
 
 
 def copy(source: Path, target: Path, head: header.Header) -> None:
-    """A copy of a session that shares the files of its versions; it appears whole or not at all."""
-    if target.exists() and any(target.iterdir()):
-        raise NotASession(occupied(target))
-    part = target.with_name(f".{target.name}.part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+    """A copy of a session that shares the files of its versions; it appears whole or not at all.
+
+    Raises:
+        NotASession: there is something at `target`. OutputError: it cannot be written.
+    """
+    with appearing(target) as part:
         # The journal grows, so it must be a file of its own; versions never change.
         shutil.copyfile(source / JOURNAL, part / JOURNAL)
         shutil.copytree(source / VERSIONS, part / VERSIONS, copy_function=_link, ignore=_partial)
         header.write(part, {**head, "forked_from": str(source)})
-        if target.exists():
-            target.rmdir()
-        os.replace(part, target)
-    except OSError as error:
+
+
+@contextmanager
+def appearing(folder: Path) -> Generator[Path]:
+    """A folder to fill that takes its name when it is full, and is gone if that fails.
+
+    Raises:
+        NotASession: there is something at `folder`. OutputError: it cannot be written.
+    """
+    part = folder.with_name(f".{folder.name}.part")
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            raise NotASession(occupied(folder))
         shutil.rmtree(part, ignore_errors=True)
-        raise OutputError(f"cannot fork to {target}: {error.strerror}; choose another folder") from error
+        part.mkdir(parents=True)
+        yield part
+        if folder.exists():
+            folder.rmdir()
+        os.replace(part, folder)
+    except BaseException as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise OutputError(f"cannot write {folder}: {error.strerror}; choose another folder") from error
+        raise
 
 
 def repair(folder: Path) -> int:

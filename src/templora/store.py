@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from templora import header, journal, migrations, shelf
-from templora.errors import NoSuchMoment, NotASession, OutputError, SessionClosed, SessionDamaged
+from templora.errors import NoSuchMoment, NotASession, SessionClosed, SessionDamaged
 from templora.events import ChunkScored
 from templora.history import GIVEN, History, replayed
 from templora.journal import Journal
 from templora.lock import Lock
 from templora.metrics import Tally
 from templora.shelf import JOURNAL, LOCK, VERSIONS
-from templora.versions import Version, Versions
+from templora.versions import Version, Versions, sync
 from templora.window import Span
 
 BUDGET = 1 << 30  # bytes that the versions of a session may take
@@ -48,16 +48,12 @@ class Store:
         Raises:
             NotASession: there is something in it. OutputError: it cannot be written.
         """
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if any(path.name != LOCK for path in folder.iterdir()):
-                raise NotASession(shelf.occupied(folder))
-            line, _ = journal.sealed({"op": "begin", "header": head}, 0)
-            (folder / JOURNAL).write_bytes(line)
-            (folder / VERSIONS).mkdir()
-            header.write(folder, head)
-        except OSError as error:
-            raise OutputError(f"cannot write in {folder}: {error.strerror}; choose another folder") from error
+        line, _ = journal.sealed({"op": "begin", "header": head}, 0)
+        with shelf.appearing(folder) as part:
+            (part / JOURNAL).write_bytes(line)
+            sync(part / JOURNAL)
+            (part / VERSIONS).mkdir()
+            header.write(part, head)
         return cls(folder)
 
     def _open(self) -> None:
@@ -161,8 +157,9 @@ class Store:
         if not 1 <= chunks <= pieces:
             raise NoSuchMoment(f"cannot undo {chunks} chunks of {self.folder}: it has {pieces}")
         target = self.history.plan.span(pieces - chunks).start
-        self.redoable.append(self.journal.lines)
+        before = self.journal.lines
         self._note({"op": "cut", "tokens": target, "undo": True}, keep_redo=True)
+        self.redoable.append(before)
 
     def redo(self) -> None:
         """Undo the last undo.

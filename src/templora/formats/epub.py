@@ -13,8 +13,7 @@ from templora.formats.extra import needed
 
 # Elements that begin a paragraph of their own.
 BLOCKS = frozenset(
-    ("p", "div", "h1", "h2", "h3", "h4", "h5", "h6", "li", "blockquote", "pre", "section", "article")
-    + ("header", "footer", "figure", "figcaption", "tr", "hr", "dt", "dd")
+    re.findall(r"\w+", "p div h1 h2 h3 h4 h5 h6 li blockquote pre section article header footer tr hr dt dd")
 )
 SILENT = frozenset(("script", "style", "head", "title", "nav"))
 
