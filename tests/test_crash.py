@@ -1,4 +1,4 @@
-"""Killed at any moment, also in the middle of a save: nothing that was reported is lost, and it goes on alike.
+"""Killed at any moment, also inside a save: nothing that was reported is lost, and it goes on alike.
 
 Each session is written by a process of its own that tells of every token and is then killed (SIGKILL).
 """

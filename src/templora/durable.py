@@ -118,8 +118,10 @@ class DurableSession(Session):
     def editing(self, start: int, end: int, text: str, *, score_base: bool = False) -> Iterator[Event]:
         """`edit`, as a generator of `ChunkScored` and `ChunkLearned` events."""
         self._check_open()
-        least = len(self.base.prefix_ids) if self.base.has_tokenizer else 0
-        self.store.edit(start, end, text, encoded=self._encoded, least=min(least, len(self.ids)))
+        prefix = self.base.prefix_ids if self.base.has_tokenizer else []
+        if not self.ids:
+            self._give(prefix, "")
+        self.store.edit(start, end, text, encoded=self._encoded, least=len(prefix))
         self._restore()
         yield from self.learning(score_base=score_base)
 
@@ -145,7 +147,9 @@ class DurableSession(Session):
         if self._closed:
             return
         try:
-            if (self.chunk, len(self.ids)) != self._saved:
+            # What was learned and could not be written down is no part of the session.
+            written_down = self.chunk == len(self.store.history.learned)
+            if written_down and (self.chunk, len(self.ids)) != self._saved:
                 self._save()
         except OutputError:
             pass  # the journal holds everything; a version only spares time

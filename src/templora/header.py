@@ -86,15 +86,23 @@ def read(folder: Path) -> Header:
     except ValueError as error:
         raise SessionDamaged(f"{path} is damaged; restore it from a copy") from error
     header = cast(Header, found) if isinstance(found, dict) else {}
-    format_ = header.get("format")
-    # Format 0 had no checksum.
-    if format_ != 0 and header.pop("checksum", None) != _checksum(header):
+    # Format 0 had no checksum; every later one has this one.
+    if header.get("format") != 0 and header.pop("checksum", None) != _checksum(header):
         raise SessionDamaged(f"{path} is damaged; restore it from a copy")
-    if not isinstance(format_, int) or format_ > FORMAT:
-        raise NotASession(
-            f"{folder} has format {format_}, and this templora reads up to {FORMAT}; install a newer templora"
-        )
     return header
+
+
+def check_format(header: Header, folder: Path) -> None:
+    """Refuse a format of the future.
+
+    Raises:
+        NotASession: the message says what to install.
+    """
+    found = header.get("format")
+    if not isinstance(found, int) or found > FORMAT:
+        raise NotASession(
+            f"{folder} has format {found}, and this templora reads up to {FORMAT}; install a newer templora"
+        )
 
 
 def check_base(header: Header, base: dict[str, Any], folder: Path) -> None:

@@ -24,6 +24,7 @@ def find(folder: Path) -> list[Path]:
 def look(folder: Path) -> tuple[header.Header, History]:
     """A session's header and history, without opening it: nothing is locked, mended or written."""
     found = header.read(folder)
+    header.check_format(found, folder)
     if found["format"] != header.FORMAT:
         raise NotASession(
             f"{folder} is of an older format; open it once with: templora write --session {folder}"

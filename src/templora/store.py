@@ -78,6 +78,7 @@ class Store:
             raise SessionClosed(
                 f"{self.folder} was discarded; its text is there: templora sessions export {self.folder}"
             )
+        self.warnings += [f"{path} is damaged and left aside" for path in self.versions.unreadable()]
         self.journal = Journal(self.path, contents)
         self.versions.clean()
 
@@ -89,10 +90,10 @@ class Store:
             if not lines or lines[0]["op"] != "begin":
                 raise
             found: header.Header = lines[0]["header"]
-            if found["format"] > header.FORMAT:
-                raise
+            header.check_format(found, self.folder)
             header.write(self.folder, found)
             self.warnings.append(f"{error}: it was restored from the journal")
+        header.check_format(found, self.folder)
         return migrations.upgrade(self.folder, found)
 
     def close(self) -> None:

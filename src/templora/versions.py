@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 MANIFEST, ABOUT = "manifest.json", "version.json"
 PARTIAL = ".partial"
@@ -61,6 +60,10 @@ class Versions:
         found = [self._read(path) for path in sorted(self.folder.glob("v*"))]
         return [version for version in found if version is not None]
 
+    def unreadable(self) -> list[Path]:
+        """Folders of versions whose description is damaged."""
+        return [path for path in sorted(self.folder.glob("v*")) if self._read(path) is None]
+
     def next_number(self) -> int:
         """One more than any that is there, damaged or not."""
         return max((int(p.name[1:]) for p in self.folder.glob("v*") if p.name[1:].isdigit()), default=0) + 1
@@ -95,8 +98,7 @@ class Versions:
         """Whether every file is what was written."""
         folder = self.path(version.number)
         try:
-            manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text("utf-8"))
-            return ABOUT in manifest and all(checksum(folder / n) == c for n, c in manifest.items())
+            return all(checksum(folder / name) == wanted for name, wanted in _manifest(folder).items())
         except (OSError, ValueError, AttributeError):
             return False
 
@@ -129,9 +131,15 @@ class Versions:
 
     def _read(self, path: Path) -> Version | None:
         try:
+            if checksum(path / ABOUT) != _manifest(path)[ABOUT]:
+                return None
             return Version(**json.loads((path / ABOUT).read_text("utf-8")))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, KeyError):
             return None
+
+
+def _manifest(folder: Path) -> dict[str, str]:
+    return json.loads((folder / MANIFEST).read_text("utf-8"))
 
 
 def kept(numbers: list[int], pinned: set[int]) -> list[int]:
