@@ -85,7 +85,7 @@ def said(*args: object) -> str:
     return "\n".join(line.rstrip() for line in done.stdout.splitlines()) + "\n"
 
 
-@pytest.mark.parametrize("name", ["", "write", "score"])
+@pytest.mark.parametrize("name", ["", "write", "read", "score", "sessions"])
 def test_the_help_is_as_it_was(name: str) -> None:
     help_ = said(*name.split(), "--help")
     assert max(map(len, help_.splitlines())) <= 100

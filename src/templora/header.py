@@ -86,8 +86,8 @@ def read(folder: Path) -> Header:
     except ValueError as error:
         raise SessionDamaged(f"{path} is damaged; restore it from a copy") from error
     header = cast(Header, found) if isinstance(found, dict) else {}
-    # Format 0 had no checksum; every later one has this one.
-    if header.get("format") != 0 and header.pop("checksum", None) != _checksum(header):
+    # Every format has this checksum, so damage is never taken for another format.
+    if header.pop("checksum", None) != _checksum(header):
         raise SessionDamaged(f"{path} is damaged; restore it from a copy")
     return header
 

@@ -90,9 +90,11 @@ def repair(folder: Path) -> int:
 
     Returns how many lines are left.
     """
+    path = folder / JOURNAL
+    if not path.exists():
+        raise NotASession(f"{folder} holds no session; there is nothing to repair")
     lock = Lock(folder / LOCK)
     try:
-        path = folder / JOURNAL
         contents = journal.good(path)
         if not contents.lines:
             raise SessionDamaged(f"not one line of {path} is good; restore a copy")

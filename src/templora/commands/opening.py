@@ -53,6 +53,14 @@ def begun(wanted: Wanted, folder: Path | None = None) -> "Session":
     return base.session(recipe, seed=wanted.seed, dir=folder)
 
 
+def has_read(so_far: str, text: str) -> bool:
+    """Whether a command that is given again was given that text before: it begins the session, or ends it.
+
+    A run that was stopped while it learned a text leaves that text at the end.
+    """
+    return so_far.startswith(text) or so_far.endswith(text)
+
+
 @contextmanager
 def closing_session(session: "Session") -> Generator[None]:
     """Close it afterwards if it is on disk."""

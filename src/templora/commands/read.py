@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from templora.commands.opening import Wanted, given, opened
+from templora.commands.opening import Wanted, given, has_read, opened
 from templora.commands.options import Context, Device, Dtype, Model, Pairs, RecipeName, Window
 from templora.commands.running import INTERRUPTED, interruptible, one_line_errors, say
 
@@ -38,6 +38,7 @@ def read(
     chunk: Annotated[int | None, typer.Option(help="Tokens learned at once.")] = None,
     context: Context = None,
     seed: Annotated[int, typer.Option(help="Of the adapter's start and of sampling.")] = 0,
+    encoding: Annotated[str | None, typer.Option(help="Of plain text; else UTF-8 or guessed.")] = None,
     base: Annotated[bool, typer.Option(help="Also measure perplexity under the bare base.")] = False,
     dtype: Dtype = None,
     device: Device = None,
@@ -46,13 +47,16 @@ def read(
     with one_line_errors():
         from templora.formats import book
 
-        texts = [(path, book.read(path)) for path in files]
+        books = [(path, book.read(path, encoding)) for path in files]
+        for path, each in books:
+            if each.guessed:
+                say(f"{path} is not UTF-8; read as {each.guessed} (if that is wrong, say --encoding)")
         sizes = {"window": window, "chunk": chunk, "context": context}
         wanted = Wanted(model, recipe, set_ or [], sizes, seed, dtype, device, given(context_))
         with opened(session, wanted) as opened_, interruptible() as interrupted:
-            for path, text in texts:
+            for path, each in books:
                 if not interrupted:
-                    _learn(opened_, path, text, base, interrupted)
+                    _learn(opened_, path, each.text, base, interrupted)
             tokens = len(opened_.ids)
         if interrupted:
             say("interrupted; go on with the same command")
@@ -69,8 +73,8 @@ def _learn(
     from templora.session import count
 
     events: Iterator[Event]
-    if session.text.endswith(text):  # an earlier run was stopped in the middle
-        say(f"{path} is already at the end of {session.dir}; learning what is left")
+    if has_read(session.text, text):
+        say(f"{path} is in {session.dir} already; learning what is left of it")
         events = session.learning(score_base=score_base)
         goal = len(session.ids)
     else:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from templora.commands.inputs import sampling_for, text_of
-from templora.commands.opening import Wanted, begun, closing_session, exists, given, opened
+from templora.commands.opening import Wanted, begun, closing_session, exists, given, has_read, opened
 from templora.commands.options import Context, Device, Dtype, Model, Pairs, RecipeName, Window
 from templora.commands.running import INTERRUPTED, interruptible, one_line_errors, say
 from templora.errors import InvalidText
@@ -114,8 +114,7 @@ class _Job:
     def events(self) -> "Iterator[Event]":
         """Learn what is given, then write."""
         for text in (*self.given, self.opening):
-            # A text that the session ends with was given before, by a run that was stopped while it learned.
-            if text and not (self.folder and self.session.text.endswith(text)):
+            if text and not (self.folder and has_read(self.session.text, text)):
                 yield from self.session.reading(text, score_base=self.wishes["score_base"])
         yield from self.session.write(self.tokens, **self.wishes)
 

@@ -1,0 +1,125 @@
+"""Books in and out, opened by readers that know nothing of ours."""
+
+import lzma
+import zipfile
+from pathlib import Path
+
+import pytest
+from docx import Document
+from ebooklib import epub as other_epub
+from lxml import etree
+
+from templora.errors import InvalidText, MissingExtra
+from templora.formats import book, chapters, epub, extra
+
+PLAIN = "It was 1901 – “naïve”.\n\nThe second & the third < fourth.\nA line of its own."
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        ("Füße\r\nund\rmehr".encode(), "Füße\nund\nmehr"),
+        ("﻿Füße".encode(), "Füße"),
+        (
+            "Als er eines Morgens aus unruhigen Träumen erwachte, regnete es. ".encode("cp1252") * 9,
+            "unruhigen Träumen",
+        ),
+        (
+            "The café was closed — “never mind,” she said, and went on. ".encode("cp1252") * 9,
+            "café was closed — “never mind,”",
+        ),
+        ("В лесу родилась ёлочка, в лесу она росла. ".encode("cp1251") * 9, "ёлочка"),
+        (
+            "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。".encode("shift_jis") * 9,
+            "吾輩は猫",
+        ),
+        ("The sea.".encode("utf-16"), "The sea."),
+    ],
+)
+def test_plain_text_in_any_encoding(data: bytes, text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(data)
+    assert text in book.read(tmp_path / "a.txt").text
+    (tmp_path / "a.txt.xz").write_bytes(lzma.compress(data))
+    assert text in book.read(tmp_path / "a.txt.xz").text
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "reason"),
+    [
+        ("a.txt", b"", "holds no text"),
+        ("a.md", b" \n\n", "holds no text"),
+        ("a.txt", b"a\0b", "binary data"),
+        ("a.txt", bytes(range(128, 256)) * 8 + b"\0\1", "not text in any known encoding|binary data"),
+        ("a.epub", b"no zip", "not an EPUB file"),
+        ("a.docx", b"no zip", "not a DOCX file"),
+        ("a.txt.xz", b"no xz", "not a valid .xz file"),
+    ],
+)
+def test_what_is_no_book_is_refused(name: str, data: bytes, reason: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(InvalidText, match=reason):
+        book.read(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["epub", "docx"])
+def test_a_zip_that_is_no_book_is_refused(kind: str, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / f"a.{kind}", "w") as file:
+        file.writestr("hello.txt", "hello")
+    with pytest.raises(InvalidText, match=r"not an? (EPUB|DOCX) file"):
+        book.read(tmp_path / f"a.{kind}")
+
+
+def test_docx_with_headings_and_tables(tmp_path: Path) -> None:
+    document = Document()
+    document.add_heading("Chapter One", 1)
+    document.add_paragraph("It began.")
+    table = document.add_table(1, 2)
+    table.cell(0, 0).text, table.cell(0, 1).text = "left", "right"
+    document.add_paragraph("It ended.")
+    document.save(str(tmp_path / "a.docx"))
+    assert book.read(tmp_path / "a.docx").text == "# Chapter One\n\nIt began.\n\nleft right\n\nIt ended.\n"
+
+
+def test_an_epub_is_read_as_it_was_written(tmp_path: Path) -> None:
+    text = f"# One\n\n{PLAIN}\n\n# Two & three\n\nThe end.\n"
+    epub.write(tmp_path / "a.epub", "A <book>", chapters.split(text), "fr")
+    assert book.read(tmp_path / "a.epub").text == text
+    # Without ebooklib: every page is well-formed XML, and the package lists them in order.
+    with zipfile.ZipFile(tmp_path / "a.epub") as file:
+        assert file.namelist()[0] == "mimetype"
+        assert file.read("mimetype") == b"application/epub+zip"
+        pages = [name for name in file.namelist() if name.endswith((".xhtml", ".opf", ".ncx"))]
+        roots = {name: etree.fromstring(file.read(name)) for name in pages}
+    package = next(root for name, root in roots.items() if name.endswith(".opf"))
+    assert package.findtext(".//{*}language") == "fr"
+    assert package.findtext(".//{*}title") == "A <book>"
+    headings = [root.findtext(".//{*}h1") for name, root in sorted(roots.items()) if "chapter" in name]
+    assert headings == ["One", "Two & three"]
+    assert other_epub.read_epub(str(tmp_path / "a.epub"), {"ignore_ncx": True}).title == "A <book>"
+
+
+def test_control_characters_do_not_break_an_epub(tmp_path: Path) -> None:
+    epub.write(tmp_path / "a.epub", "A", chapters.split("a\x00\x08b\ufffe\n\nc"))
+    assert book.read(tmp_path / "a.epub").text == "ab\n\nc\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "titles"),
+    [
+        ("No heading at all.", [""]),
+        ("Before.\n\n# One\n\na\n\n## Two\n\nb", ["", "One", "Two"]),
+        ("CHAPTER I\n\na\n\nChapter 2: The Storm\n\nb\n\nPART THE SECOND\n\nc", None),
+        ("Chapter one was over before\nshe knew it.", [""]),
+        ("Prologue\n\na\n\nEPILOGUE.\n\nb", ["Prologue", "EPILOGUE."]),
+    ],
+)
+def test_chapters_are_split_at_headings(text: str, titles: list[str] | None) -> None:
+    found = [chapter.title for chapter in chapters.split(text)]
+    assert found == (titles or ["CHAPTER I", "Chapter 2: The Storm", "PART THE SECOND"])
+    words = " ".join(chapters.markdown(chapters.split(text)).replace("#", "").split())
+    assert words == " ".join(text.replace("#", "").split()), "no word is lost"
+
+
+def test_a_package_that_is_missing_is_named_with_what_to_install() -> None:
+    with pytest.raises(MissingExtra, match=r'X needs no_such; say: pip install "templora\[formats\]"'):
+        extra.needed("no_such.module", "reading X")
