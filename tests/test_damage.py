@@ -7,6 +7,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -195,19 +196,51 @@ def test_no_room_for_a_token_stops_with_all_that_was_reported(tmp_path: Path) ->
     assert state(written(resumed, 90 - own)) == state(written(in_memory(), 90))
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte, where the machine lets us make one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
+    if done.returncode:
+        pytest.skip("mounting a tmpfs needs rights that we do not have")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.skipif(shutil.which("mount") is None, reason="needs mount")
+def test_a_full_disk(small_disk: Path) -> None:
+    made = durable(small_disk / "s")
+    before = made.text
+    (small_disk / "ballast").write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 8192))
+    events: list[Event] = []
+    with pytest.raises(OutputError, match="No space left on device; free some space"):
+        events.extend(made.write(500))
+    reported = before + "".join(event.text for event in events if isinstance(event, Token))
+    assert "not_saved" in warnings(events)
+    made.close()
+    (small_disk / "ballast").unlink()
+    resumed = templora.resume(made.dir, base())
+    assert resumed.text == reported
+    own = resumed.store.history.own_in(0, len(resumed.ids))
+    assert state(written(resumed, 40)) == state(written(in_memory(), own + 40))
+    resumed.close()
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_a_version_that_does_not_reach_the_disk_does_not_exist(
+def test_a_version_that_could_not_be_written_does_not_exist(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = written(durable(tmp_path / "s"), 60)
     before = [version.name for version in made.versions]
 
-    def full(path: Path) -> None:
+    def full(path: Path) -> str:
         raise OSError(code, os.strerror(code), str(path))
 
-    monkeypatch.setattr(versions, "sync", full)
-    with pytest.raises(OutputError, match=f"cannot save a version in .*: {os.strerror(code)}"):
-        made.note("now")
+    with monkeypatch.context() as patched:
+        patched.setattr(versions, "checksum", full)
+        with pytest.raises(OutputError, match=f"cannot save a version in .*: {os.strerror(code)}"):
+            made.note("now")
     assert [version.name for version in made.versions] == before
     assert not made.store.notes
 

@@ -27,14 +27,14 @@ from templora.versions import Version
 from templora.window import Span
 
 # Saving takes at most this share of the time, so going back takes at most 1 / SHARE times as long as a save.
-SHARE = 0.02
+SHARE = 0.01
 LEAST = 256  # tokens between two versions, at least
 
 
 class DurableSession(Session):
     """A session in a folder. Make one with `Base.session(dir=…)`, continue it with `templora.resume`.
 
-    save_every: chunks between two versions; None: as often as costs no more than 2 % of the time.
+    save_every: chunks between two versions; None: as often as costs no more than 1 % of the time.
     """
 
     def __init__(self, base: Base, store: Store, announced: Sequence[Event] = ()) -> None:
@@ -43,6 +43,7 @@ class DurableSession(Session):
         self.save_every: int | None = None
         self._saved_at, self._save_seconds = time.perf_counter(), 0.0
         self._saved = (0, 0)  # chunks and tokens of the newest version
+        self._fresh = True
         self._to_announce = [*announced, *(Warned("mended", warning) for warning in store.warnings)]
         self._restore()
 
@@ -236,22 +237,23 @@ class DurableSession(Session):
         """Make everything what it was at this point of the history."""
         history = self.store.history
         self.ids, self._text = history.ids, history.text
-        version = self._load_newest()
+        if (version := self._load_newest()) is None:
+            self._make_fresh()
         start = version.tokens if version else 0
-        if version is None:
-            self._start_afresh()
         self._saved = (self.chunk, start)
         self.chunk, exact = Replay(history, self.plan, self.study).run(start, self.chunk)
         self.sampler = Sampler(history.seed, history.drawn)
         if not exact:
-            was, now = self.store.header["software"], header.software()
-            changed = ", ".join(f"{k} {was[k]} → {now.get(k)}" for k in was if was[k] != now.get(k))
+            was = f"this machine does not compute bit for bit what wrote {self.dir}"
             message = (
-                f"this machine does not compute bit for bit what the one did that wrote {self.dir}"
-                + (f" ({changed})" if changed else "")
-                + "; the text is as it was, and what comes next may differ from what would have come there"
+                f"{was}{header.changes(self.store.header)}; the text is as it was, but may go on otherwise"
             )
             self._to_announce.append(Warned("inexact", message))
+
+    def _make_fresh(self) -> None:
+        if not self._fresh:
+            self._start_afresh()
+        self._fresh = False
 
     def _load_newest(self) -> Version | None:
         """The newest version on the way to this moment, into adapter, optimiser, guard and caches."""
@@ -260,7 +262,7 @@ class DurableSession(Session):
                 message = f"version {version.name} of {self.dir} is damaged; an earlier one took its place"
                 self._to_announce.append(Warned("damaged", message))
                 continue
-            self._start_afresh()
+            self._make_fresh()
             snapshot.read(self.store.versions.path(version.number), self.study, version.adapter)
             self.chunk = version.chunk
             return version
@@ -308,12 +310,10 @@ def resume(
     store = Store(Path(dir))
     try:
         wanted = store.header["base"]
-        if base is None and not (name or wanted["name"]):
-            raise WrongBase(
-                f"{store.folder} was begun on a model in memory; give it again: resume(dir, base=…)"
-            )
-        if base is None:
-            base = load(name or wanted["name"], dtype=wanted.get("dtype"), device=device)
+        name = name or wanted["name"]
+        if base is None and not name:
+            raise WrongBase(f"{store.folder} was begun on a model in memory; give that with base=…")
+        base = base or load(name, dtype=wanted.get("dtype"), device=device)
         header.check_base(store.header, base.describe(), store.folder)
         return DurableSession(base, store)
     except BaseException:

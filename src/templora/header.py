@@ -49,6 +49,13 @@ def software() -> dict[str, str]:
     return found
 
 
+def changes(header: Header) -> str:
+    """What is of another version now than when the session began, in parentheses, or nothing."""
+    was, now = header["software"], software()
+    changed = ", ".join(f"{name} {was[name]} → {now.get(name)}" for name in was if was[name] != now.get(name))
+    return f" ({changed})" if changed else ""
+
+
 def recipe_of(header: Header) -> Recipe:
     """The recipe, its sizes fixed: they were fitted when the session began."""
     return Recipe.model_validate({**header["recipe"], "fixed": SIZES})

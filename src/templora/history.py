@@ -65,10 +65,10 @@ class History:
 
     def apply(self, line: dict[str, Any]) -> None:
         """Take in one line of a journal; lines that change no text pass by."""
-        match line["op"]:
-            case "own":
-                self.give([line["id"]], line["text"], [len(line["text"])], OWN)
-                self.drawn = self.draws[-1] = line["draws"]
+        if (op := line["op"]) == "own":  # nearly every line
+            self.own(line["id"], line["text"], line["draws"])
+            return
+        match op:
             case "given":
                 self.give(line["ids"], line["text"], line["sizes"])
             case "chunk":
@@ -97,6 +97,15 @@ class History:
         self.kinds.extend(bytes((kind,)) * len(ids))
         self.draws.extend([self.drawn] * len(ids))
         self.text.write(text)
+
+    def own(self, token: int, text: str, draws: int) -> None:
+        """Append a token that the model wrote, the sampler having drawn so often."""
+        self.ids.append(token)
+        self.kinds.append(OWN)
+        self.ends.append((self.ends[-1] if self.ends else 0) + len(text))
+        self.draws.append(draws)
+        self.text.write(text)
+        self.drawn = draws
 
     def mark(self, kind: str, value: int = 0) -> None:
         """Note something at this moment."""
@@ -198,23 +207,26 @@ def replayed(lines: Sequence[dict[str, Any]], plan: Plan, seed: int) -> tuple[Hi
     its root to its last line is the history.
     """
     redoable: list[int] = []
+    jumps: list[int] = []
     for number, line in enumerate(lines, 1):
-        if line["op"] == "cut" and line.get("undo"):
-            redoable.append(number - 1)
-        elif line["op"] == "at" and line["redo"]:
-            redoable.pop()
-        elif line["op"] != "note":
+        op = line["op"]
+        if op == "own":  # nearly every line
             redoable.clear()
-    way: list[dict[str, Any]] = []
+        elif op == "cut" and line.get("undo"):
+            redoable.append(number - 1)
+        elif op == "at":
+            jumps.append(number)
+            redoable = redoable[:-1] if line["redo"] else []
+        elif op != "note":
+            redoable.clear()
+    way: list[tuple[int, int]] = []
     number = len(lines)
     while number:
-        line = lines[number - 1]
-        if line["op"] == "at":
-            number = line["line"]
-        else:
-            way.append(line)
-            number -= 1
+        jump = next((jump for jump in reversed(jumps) if jump <= number), 0)
+        way.append((jump, number))
+        number = lines[jump - 1]["line"] if jump else 0
     history = History(plan, seed)
-    for line in reversed(way):
-        history.apply(line)
+    for start, stop in reversed(way):
+        for line in lines[start:stop]:
+            history.apply(line)
     return history, redoable

@@ -1,7 +1,8 @@
 """Saved states of a session: one folder each, complete or not there at all.
 
-A version is written beside the others under a name that nobody reads, brought to the disk, then renamed. Its
-manifest holds the checksum of each file. What the files mean is not known here.
+A version is written beside the others under a name that nobody reads, then renamed. Its manifest holds the
+checksum of each file: one that a power failure kept from the disk is recognised, and computed again from the
+journal, so nobody waits for the disk here. What the files mean is not known.
 """
 
 import hashlib
@@ -86,10 +87,7 @@ class Versions:
             (partial / ABOUT).write_text(json.dumps(asdict(version)), "utf-8")
             files = sorted(path for path in partial.iterdir() if path.is_file())
             (partial / MANIFEST).write_text(json.dumps({p.name: checksum(p) for p in files}), "utf-8")
-            for path in (*files, partial / MANIFEST, partial):
-                sync(path)
             partial.rename(self.path(version.number))
-            sync(self.folder)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise

@@ -1,0 +1,1 @@
+"""Benchmarks against what a user would write today, for developers: `python -m benchmarks.NAME`."""

@@ -1,0 +1,93 @@
+"""Timing that survives a noisy machine: sides in turn, A B A B, and ratios within each round."""
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+
+import templora
+
+OUT = Path(__file__).parent.parent / "docs" / "benchmarks"
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Smallest, middle and largest of several runs."""
+
+    least: float
+    median: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Of these values."""
+        return cls(min(values), median(values), max(values))
+
+    def text(self, unit: str = "", digits: int = 2) -> str:
+        """For a table: the middle, and the range in parentheses."""
+        return f"{self.median:.{digits}f}{unit} ({self.least:.{digits}f}–{self.most:.{digits}f})"
+
+
+def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each side, run in turn: what disturbs one round disturbs all sides of it."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            started = perf_counter()
+            run()
+            seconds[name].append(perf_counter() - started)
+    return seconds
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> Spread:
+    """Of the two sides of each round."""
+    return Spread.of([a / b for a, b in zip(above, below, strict=True)])
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were made on, without its name or paths."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line
+        ]
+        cpu = names[0] if names else cpu
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "templora": templora.__version__,
+    }
+
+
+def parser(about: str, rounds: int = 5) -> argparse.ArgumentParser:
+    """The options that all benchmarks share."""
+    made = argparse.ArgumentParser(description=about)
+    made.add_argument("--rounds", type=int, default=rounds, help="alternations")
+    made.add_argument("--threads", type=int, default=1, help="of torch; more of them wait for each other")
+    made.add_argument("--out", type=Path, default=OUT, help="a folder for the JSON file and the table")
+    return made
+
+
+def save(out: Path, name: str, result: Mapping[str, Any], page: str) -> None:
+    """NAME.json and NAME.md, and the page on the screen."""
+    out.mkdir(parents=True, exist_ok=True)
+    whole = {"machine": machine(), **result}
+    (out / f"{name}.json").write_text(json.dumps(whole, indent=1, default=asdict) + "\n", "utf-8")
+    about = machine()
+    line = f"{about['gpu'] or about['cpu']}, {about['threads']} thread(s), torch {about['torch']}"
+    (out / f"{name}.md").write_text(f"{page}\n\n*{line}*\n", "utf-8")
+    print(page)
