@@ -36,10 +36,10 @@ class Passes:
         return self._nll(self.decoder, ids, span, context)
 
     @torch.no_grad()
-    def again(self, ids: Sequence[int], span: Span) -> float:
-        """Summed NLL of a chunk that was scored before, seeing the same window; nothing is cached."""
+    def again(self, ids: Sequence[int], tokens: int) -> float:
+        """Summed NLL of the last `tokens` of what was seen when they were scored; nothing is cached."""
         with self.adapter.attached():
-            return float(self.base.nll(ids[span.visible : span.stop - 1], ids[span.start : span.stop]).sum())
+            return float(self.base.nll(ids[:-1], ids[-tokens:]).sum())
 
     def state(self) -> dict[str, Any]:
         """What is cached, of both."""

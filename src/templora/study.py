@@ -6,7 +6,7 @@ update is tried on what was learned before it is kept. It knows chunks, not how 
 
 import time
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,6 +32,15 @@ class _Good:
     version: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A chunk after all that was visible: the last `tokens` of `ids`, and their summed NLL before learning."""
+
+    ids: Sequence[int]
+    tokens: int
+    nll: float
+
+
 class Study:
     """Scores and learns the chunks of one text, one after another."""
 
@@ -40,7 +49,7 @@ class Study:
         self.adapter: Adapter = learner.adapter
         self.guard = Guard()
         self._good = _Good(self.adapter.snapshot(), self.adapter.version)
-        self._last: tuple[Span, float] | None = None  # the chunk learned last, its NLL before that
+        self._last: _Seen | None = None  # the chunk learned last
 
     def finish(
         self, ids: Sequence[int], span: Span, written: int, *, score_base: bool = False
@@ -89,7 +98,7 @@ class Study:
             "guard": self.guard.state(),
             "passes": self.passes.state(),
             "good": (good.weights, good.version),
-            "last": None if last is None else (astuple(last[0]), last[1]),
+            "last": None if last is None else (list(last.ids), last.tokens, last.nll),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -99,37 +108,35 @@ class Study:
         self.guard.load_state(state["guard"])
         self.passes.load_state(state["passes"])
         self._good = _Good(*state["good"])
-        last = state["last"]
-        self._last = None if last is None else (Span(*last[0]), last[1])
+        self._last = None if state["last"] is None else _Seen(*state["last"])
 
     def _learn(
         self, ids: Sequence[int], span: Span, score: float, first: Tensor | None, started: float
     ) -> Event:
         rate = self.recipe.rate_at(span.chunk) * self.guard.rate
         checked = self.recipe.guard and self.guard.checks(self.adapter.version)
+        seen = _Seen(ids[span.visible : span.stop], span.tokens, score)
         try:
             update = self.learner.learn(
                 rate,
                 lambda: self.passes.nll(ids, span, self.recipe.context),
                 first,
-                (lambda: self._helps(ids, span, score)) if checked else None,
+                (lambda: self._helps(seen)) if checked else None,
             )
         except NotFinite as error:
             message = f"chunk {span.chunk} was not learned: {error}; the update was dropped, the text goes on"
             return Warned("not_finite", message)
         if update.share < 1:
             self.guard.rate *= max(update.share, 0.25)
-        self._last = (span, score)
+        self._last = seen
         seconds = time.perf_counter() - started
         numbers = (update.version, update.learning_rate, update.gradient_norm, update.share, seconds)
         return ChunkLearned(span.chunk, span.start, span.tokens, *numbers)
 
-    def _helps(self, ids: Sequence[int], span: Span, score: float) -> bool:
+    def _helps(self, seen: _Seen) -> bool:
         """Whether the updated adapter does no worse on this chunk, and on the one before, than unlearned."""
-        learned = [(span, score)] + ([self._last] if self._last else [])
-        return all(
-            self.passes.again(ids, chunk) <= before + SLACK * chunk.tokens for chunk, before in learned
-        )
+        learned = [seen] + ([self._last] if self._last else [])
+        return all(self.passes.again(s.ids, s.tokens) <= s.nll + SLACK * s.tokens for s in learned)
 
     def _go_back(self, span: Span, adapted: float, base: float | None) -> RolledBack | None:
         """Restore the last good version if the adapter does harm; remember this one if it does well."""
