@@ -4,7 +4,6 @@ Any earlier moment can be computed again, bit for bit: load the nearest saved ve
 came after it in the same way, pass by pass, with the tokens that were drawn then.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -23,11 +22,9 @@ from templora.sampling import Sampler
 from templora.session import Reading, Session, count
 from templora.sizes import sizes
 from templora.store import BUDGET, Store
-from templora.versions import Version
+from templora.versions import Pace, Version
 from templora.window import Span
 
-# Saving takes at most this share of the time, so going back takes at most 1 / SHARE times as long as a save.
-SHARE = 0.01
 LEAST = 256  # tokens between two versions, at least
 
 
@@ -41,7 +38,7 @@ class DurableSession(Session):
         self.store = store
         super().__init__(base, header.recipe_of(store.header), seed=store.header["seed"])
         self.save_every: int | None = None
-        self._saved_at, self._save_seconds = time.perf_counter(), 0.0
+        self._pace = Pace()
         self._saved = (0, 0)  # chunks and tokens of the newest version
         self._fresh = True
         self._to_announce = [*announced, *(Warned("mended", warning) for warning in store.warnings)]
@@ -212,20 +209,18 @@ class DurableSession(Session):
     def _is_time_to_save(self, span: Span) -> bool:
         if self.save_every is not None:
             return self.chunk % self.save_every == 0
-        waited = time.perf_counter() - self._saved_at
-        return abs(span.stop - self._saved[1]) >= LEAST and waited >= self._save_seconds / SHARE
+        return abs(span.stop - self._saved[1]) >= LEAST and self._pace.due
 
     def _save(self) -> Version:
-        started = time.perf_counter()
         # Given text beyond a full chunk waits to be learned: no state depends on it yet.
         tokens = min(len(self.ids), self.plan.span(self.chunk).stop)
         try:
-            version = self.store.save(self.chunk, tokens, self.adapter.version, self._fill)
+            with self._pace.saving():
+                version = self.store.save(self.chunk, tokens, self.adapter.version, self._fill)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise OutputError(f"cannot save a version in {self.dir}: {reason}; free some space") from error
-        self._saved_at = time.perf_counter()
-        self._save_seconds, self._saved = self._saved_at - started, (self.chunk, tokens)
+        self._saved = (self.chunk, tokens)
         return version
 
     def _fill(self, folder: Path) -> None:

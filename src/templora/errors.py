@@ -66,3 +66,11 @@ class NeedsFolder(TemploraError, AttributeError):
 
 class MissingExtra(TemploraError):
     """A package that an optional part needs is not installed."""
+
+
+class InvalidTemplate(TemploraError):
+    """A prompt template that does not exist or cannot be used with this base."""
+
+
+class InvalidLanguage(TemploraError):
+    """A language that is needed and not named, or not known."""

@@ -104,6 +104,25 @@ class RolledBack(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class PassageTranslated(Event):
+    """A passage has its translation; it is scored and learned next.
+
+    draft: what the model wrote, None where a reference was given and none was asked for. origin: whose
+    `target` is: "own", "reference", "accepted" (a draft that a person accepted) or "correction". problem:
+    what is wrong with the draft as far as can be told, None if nothing is.
+    """
+
+    kind: ClassVar[str] = "passage_translated"
+    passage: int
+    source: str
+    draft: str | None
+    target: str
+    origin: str
+    problem: str | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Warned(Event):
     """Something the user should know; the text goes on. code: a stable name for programs."""
 
@@ -135,6 +154,7 @@ EVENTS: tuple[type[Event], ...] = (
     ChunkLearned,
     ChunkSkipped,
     RolledBack,
+    PassageTranslated,
     Warned,
     End,
 )

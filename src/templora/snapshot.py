@@ -22,8 +22,7 @@ def write(folder: Path, study: Study, chunk: int) -> None:
     if torch.equal(state["weights"], state["good"][0]):
         state["good"] = (None, state["good"][1])
     del state["weights"]  # PEFT's file holds them
-    if study.recipe.cache == "recompute":
-        _leave_out_old_keys(state["passes"], chunk)
+    _leave_out_old_keys(state["passes"], None if study.recipe.cache == "reuse" else chunk)
     buffer = io.BytesIO()
     torch.save(state, buffer)
     with (folder / STATE).open("wb") as file:
@@ -40,8 +39,8 @@ def read(folder: Path, study: Study, version: int) -> None:
     study.load_state(state)
 
 
-def _leave_out_old_keys(passes: dict[str, Any], chunk: int) -> None:
-    """Keys of a chunk that is done are never looked at again when caches are recomputed."""
+def _leave_out_old_keys(passes: dict[str, Any], chunk: int | None) -> None:
+    """Keys that were given up are never looked at again, nor, if `chunk` is named, those of another chunk."""
     for decoder in passes.values():
-        if decoder["chunk"] != chunk:
+        if decoder["chunk"] is None or (chunk is not None and decoder["chunk"] != chunk):
             decoder["chunk"], decoder["cache"]["layers"] = None, []

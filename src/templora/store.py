@@ -94,6 +94,8 @@ class Store:
             header.write(self.folder, found)
             self.warnings.append(f"{error}: it was restored from the journal")
         header.check_format(found, self.folder)
+        if "translation" in found:
+            raise NotASession(f"{self.folder} holds a translation; go on with templora translate")
         return migrations.upgrade(self.folder, found)
 
     def close(self) -> None:

@@ -34,7 +34,7 @@ class _Good:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """A chunk after all that was visible: the last `tokens` of `ids`, and their summed NLL before learning."""
+    """A chunk after all that was visible: the last `tokens` of `ids`; nll: their sum before learning."""
 
     ids: Sequence[int]
     tokens: int

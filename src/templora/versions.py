@@ -9,13 +9,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from time import perf_counter
 
 MANIFEST, ABOUT = "manifest.json", "version.json"
 PARTIAL = ".partial"
 LAST = 8  # versions that are all kept
+SHARE = 0.01  # of the time may go into saving
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +141,30 @@ class Versions:
 
 def _manifest(folder: Path) -> dict[str, str]:
     return json.loads((folder / MANIFEST).read_text("utf-8"))
+
+
+class Pace:
+    """When to make the next version: so rarely that saving takes at most `share` of the time.
+
+    So going back takes at most 1 / share times as long as a save.
+    """
+
+    def __init__(self, share: float = SHARE) -> None:
+        self.share = share
+        self._ended, self._took = perf_counter(), 0.0
+
+    @property
+    def due(self) -> bool:
+        """Whether enough time has passed since the last one."""
+        return perf_counter() - self._ended >= self._took / self.share
+
+    @contextmanager
+    def saving(self) -> Generator[None]:
+        """What runs inside is a save."""
+        started = perf_counter()
+        yield
+        self._ended = perf_counter()
+        self._took = self._ended - started
 
 
 def kept(numbers: list[int], pinned: set[int]) -> list[int]:

@@ -53,6 +53,18 @@ def _read(path: Path, encoding: str | None) -> Book:
             return _plain(path, encoding)
 
 
+def decoded(path: Path, encoding: str | None = None) -> str:
+    """The text of a plain or compressed (.xz) file as it is.
+
+    Raises:
+        InvalidText: there is no such file, or it is not text.
+    """
+    try:
+        return _plain(path, encoding).text
+    except OSError as error:
+        raise InvalidText(f"cannot read {path}: {error.strerror}; check the name") from error
+
+
 def _plain(path: Path, encoding: str | None) -> Book:
     data = path.read_bytes()
     if path.suffix == ".xz":

@@ -1,0 +1,193 @@
+"""A translation on disk: a journal of its passages, and versions of the adapter that only spare time.
+
+What the adapter knows is a function of the passages, in order. So whatever changes one, such as a correction
+weeks later, only moves the place from which passages are learned again.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from templora import header, journal, shelf, snapshot
+from templora.errors import NotASession, OutputError, WrongBase
+from templora.events import ChunkScored, Event, Warned
+from templora.journal import Journal
+from templora.lock import Lock
+from templora.metrics import Tally
+from templora.sampling import Sampler
+from templora.tasks.translate import Passage, Translated, Translator
+from templora.versions import Pace, Version, Versions, sync
+
+
+class Ledger:
+    """The folder of one translation, open for writing.
+
+    records: its passages, in order; draws: of the sampler, after each.
+
+    Raises:
+        NotASession, SessionLocked, SessionDamaged, OutputError: it cannot be opened.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / header.NAME).exists():
+            raise NotASession(f"{folder} holds no translation; begin one with templora translate")
+        self._lock = Lock(folder / shelf.LOCK)
+        try:
+            self.header = header.read(folder)
+            header.check_format(self.header, folder)
+            if "translation" not in self.header:
+                raise NotASession(f"{folder} holds a session, no translation; choose another --session")
+            contents = journal.read(folder / shelf.JOURNAL)
+            self._journal = Journal(folder / shelf.JOURNAL, contents)
+            self._versions = Versions(folder / shelf.VERSIONS)
+            self._versions.clean()
+        except BaseException:
+            self._lock.release()
+            raise
+        self.records: list[Translated] = []
+        self.draws: list[int] = []
+        self._pace = Pace()
+        self._adapted, self._base = Tally(), Tally()
+        for line in contents.lines:
+            self._apply(line)
+
+    @classmethod
+    def create(cls, folder: Path, head: header.Header, settings: dict[str, Any]) -> "Ledger":
+        """Begin one. settings: languages, template, pairs; they stay as they are.
+
+        Raises:
+            NotASession: there is something in the folder. OutputError: it cannot be written.
+        """
+        head = {**head, "translation": settings}
+        line, _ = journal.sealed({"op": "begin", "header": head}, 0)
+        with shelf.appearing(folder) as part:
+            (part / shelf.JOURNAL).write_bytes(line)
+            sync(part / shelf.JOURNAL)
+            (part / shelf.VERSIONS).mkdir()
+            header.write(part, head)
+        return cls(folder)
+
+    def check(self, base: dict[str, Any], settings: dict[str, Any]) -> None:
+        """Refuse another base, or other settings than it was begun with.
+
+        Raises:
+            WrongBase: the message says what differs.
+        """
+        header.check_base(self.header, base, self.folder)
+        was: dict[str, Any] = self.header["translation"]
+        keys = [key for key in settings if settings[key] != was.get(key)]
+        if keys:
+            differences = ", ".join(f"{key} {was.get(key)!r}, not {settings[key]!r}" for key in keys)
+            raise WrongBase(f"{self.folder} was begun with {differences}; leave that, or begin another")
+
+    def correct(self, passage: int, target: str) -> None:
+        """A person has changed a translation."""
+        line = {"op": "correct", "passage": passage, "target": target}
+        self._journal.append(line)
+        self._apply(line)
+
+    def restore(self, translator: Translator) -> Iterator[Event]:
+        """Bring a fresh translator to the end of the records, learning again what no version holds."""
+        study, done = translator.session.study, 0
+        for version in reversed(self._versions.all()):
+            if version.chunk <= len(self.records) and version.digest == self._digest(version.chunk):
+                if not self._versions.is_whole(version):
+                    message = f"version {version.name} of {self.folder} is damaged; an earlier one is used"
+                    yield Warned("damaged", message)
+                    continue
+                snapshot.read(self._versions.path(version.number), study, version.adapter)
+                done = version.chunk
+                break
+        translator.take_up(self.records[:done])
+        for record in self.records[done:]:
+            yield from translator.learn_again(record)
+        session = translator.session
+        session.sampler = Sampler(session.seed, self.draws[-1] if self.draws else 0)
+
+    def translate(self, translator: Translator, passage: Passage) -> list[Event]:
+        """One more passage; it is on the disk before this returns."""
+        events = translator.translate(passage)
+        scored = next((event for event in events if isinstance(event, ChunkScored)), None)
+        line = {
+            "op": "passage",
+            **asdict(translator.done[-1]),
+            "draws": translator.session.sampler.draws,
+            "tokens": scored.tokens if scored else 0,
+            "adapted_nll": scored.adapted_nll if scored else 0.0,
+            "base_nll": scored.base_nll if scored else None,
+        }
+        self._journal.append(line)
+        self._apply(line)
+        if self._pace.due:
+            try:
+                self.save(translator)
+            except OutputError as error:
+                events.append(Warned("not_saved", f"{error}; the translations themselves are safe"))
+        return events
+
+    def save(self, translator: Translator) -> None:
+        """Make a version of the adapter as it is now.
+
+        Raises:
+            OutputError: it could not be written.
+        """
+        done = len(self.records)
+        version = Version(
+            number=self._versions.next_number(),
+            ancestors=[v.number for v in self._versions.all()],
+            line=self._journal.lines,
+            chunk=done,
+            tokens=self._adapted.tokens,
+            digest=self._digest(done),
+            adapter=translator.session.adapter.version,
+            scored=self._adapted.tokens,
+            adapted_nll=self._adapted.nll,
+            base_scored=self._base.tokens,
+            base_nll=self._base.nll,
+        )
+        try:
+            with self._pace.saving():
+                study = translator.session.study
+                self._versions.save(version, lambda folder: snapshot.write(folder, study, done))
+            self._versions.thin((), self.header["budget"])
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise OutputError(f"cannot save a version in {self.folder}: {reason}; free some space") from error
+
+    def close(self) -> None:
+        """Let other processes in."""
+        self._journal.close()
+        self._lock.release()
+
+    def _apply(self, line: dict[str, Any]) -> None:
+        if line["op"] == "passage":
+            context = line["context"]
+            self.records.append(
+                Translated(
+                    line["source"],
+                    line["target"],
+                    line["origin"],
+                    line["base"],
+                    line["learned"],
+                    None if context is None else tuple((a, b) for a, b in context),
+                )
+            )
+            self.draws.append(line["draws"])
+            self._adapted.add(line["adapted_nll"], line["tokens"])
+            if line["base_nll"] is not None:
+                self._base.add(line["base_nll"], line["tokens"])
+        elif line["op"] == "correct":
+            old = self.records[line["passage"]]
+            new = replace(old, target=line["target"], origin="correction", learned=True)
+            self.records[line["passage"]] = new
+
+    def _digest(self, passages: int) -> str:
+        """Names the adapter after so many passages."""
+        data = json.dumps([asdict(record) for record in self.records[:passages]], sort_keys=True)
+        return hashlib.sha256(data.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,97 @@
+"""A book as passages that fit a prompt: whole segments, or sentences of one that is too long."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from templora.formats.extra import needed
+
+# Written without spaces between words, so pieces are joined without one.
+UNSPACED = frozenset(("zh", "ja", "th", "lo", "km", "my", "yue"))
+Count = Callable[[str], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One passage. places: the segments it consists of, a line each; or one, of which it may be a part."""
+
+    source: str
+    places: tuple[int, ...]
+
+
+def blocks(segments: Sequence[str], language: str, count: Count, budget: int) -> list[Block]:
+    """Passages of at most `budget` tokens, as `count` counts them. Segments without text are left out.
+
+    Raises:
+        MissingExtra: a segment must be split, and the sentence splitter is not installed.
+    """
+    made: list[Block] = []
+    lines: list[str] = []
+    places: list[int] = []
+    room = budget
+
+    def close() -> None:
+        nonlocal room
+        if lines:
+            made.append(Block("\n".join(lines), tuple(places)))
+        lines.clear()
+        places.clear()
+        room = budget
+
+    for place, segment in enumerate(segments):
+        text = " ".join(segment.split())
+        if not text:
+            continue
+        tokens = count(text) + 1
+        if tokens > room:
+            close()
+        if tokens > budget:
+            made += [Block(piece, (place,)) for piece in pieces(text, language, count, budget)]
+            continue
+        lines.append(text)
+        places.append(place)
+        room -= tokens
+    close()
+    return made
+
+
+def pieces(text: str, language: str, count: Count, budget: int) -> list[str]:
+    """A long line as runs of whole sentences; a sentence that is too long is cut at spaces, or anywhere."""
+    split = needed("sentencex", "splitting long paragraphs into sentences")
+    sentences = [sentence for sentence in split.segment(language.partition("-")[0], text) if sentence.strip()]
+    made: list[str] = []
+    for sentence in sentences:
+        for part in _cut(sentence, count, budget):
+            if made and count(made[-1] + part) < budget:
+                made[-1] += part
+            else:
+                made.append(part)
+    return [piece.strip() for piece in made if piece.strip()]
+
+
+def assembled(blocks: Sequence[Block], targets: Sequence[str], segments: int, language: str) -> list[str]:
+    """Translations of passages as translations of segments.
+
+    A translation with more lines than its passage keeps the rest in the last line's segment.
+    """
+    parts: list[list[str]] = [[] for _ in range(segments)]
+    for block, target in zip(blocks, targets, strict=False):
+        last = len(block.places) - 1
+        lines = target.split("\n", last) if last else [" ".join(target.split("\n"))]
+        for place, line in zip(block.places, lines, strict=False):
+            parts[place].append(" ".join(line.split()))
+    space = "" if language.partition("-")[0] in UNSPACED else " "
+    return [space.join(part) for part in parts]
+
+
+def _cut(sentence: str, count: Count, budget: int) -> Iterator[str]:
+    while count(sentence) >= budget:
+        # No tokenizer gives fewer tokens to more of the same text, so halving finds a cut that fits.
+        low, high = 1, len(sentence)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if count(sentence[:middle]) < budget else (low, middle)
+        cut = sentence.rfind(" ", low // 2, low) + 1 or low
+        yield sentence[:cut]
+        sentence = sentence[cut:]
+    if sentence:
+        yield sentence
