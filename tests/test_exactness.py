@@ -47,7 +47,8 @@ def test_the_paper_recipe_gives_the_nll_of_a_plain_loop(name: str, tmp_path: Pat
     session.adapter.save(tmp_path)
     start = load_file(tmp_path / "adapter_model.safetensors")
     ours = scores(session, PROSE)
-    theirs = plain_loop.run(bare, session.ids, sizes["chunk"], sizes["context"], seed=3, adapter_from=start)
+    rows = plain_loop.rows_of(session.ids, sizes["chunk"], sizes["context"])
+    theirs = plain_loop.run(bare, rows, seed=3, adapter_from=start)
     frozen = scores(base.session("paper", seed=3, learning_rate=0.0, **sizes), PROSE)
     tokens = sizes["chunk"]
     assert len(ours) == len(theirs) >= 5

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from templora import __version__
-from templora.commands import bench, read, score, sessions, write
+from templora.commands import bench, read, score, sessions, translate, write
 
 app = typer.Typer(
     name="templora",
@@ -16,6 +16,7 @@ app = typer.Typer(
 app.command(help=write.HELP)(write.write)
 app.command(help=read.HELP)(read.read)
 app.command(help=score.HELP)(score.score)
+app.command(help=translate.HELP)(translate.translate)
 app.add_typer(sessions.app, name="sessions")
 app.add_typer(bench.app, name="bench")
 

@@ -140,6 +140,15 @@ class ScoreStatus:
         if self._live:
             self._live.stop()
 
+    def passages(self, done: int, goal: int, base: Tally, adapted: Tally) -> None:
+        """Passages done, and the perplexities of their translations so far."""
+        if self._live is None or not adapted.tokens:
+            return
+        before = f"base {base.perplexity:.2f} → " if base.perplexity else ""
+        parts = [self._document, f"{done:,}/{goal:,} passages"]
+        line = " · ".join([*parts, f"perplexity {before}adapter {adapted.perplexity:.2f}"])
+        self._live.update(Text(line, style="dim", overflow="ellipsis", no_wrap=True), refresh=True)
+
     def show(self, base: Tally, adapted: Tally) -> None:
         """Tokens, rate, ETA and the perplexities so far."""
         if self._live is None or not adapted.tokens:

@@ -6,7 +6,7 @@ taken up again later with the same result.
 
 import io
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,9 @@ from templora.recipe import load as load_recipe
 from templora.sampling import Sampler, Sampling
 from templora.study import Study
 from templora.window import Span, fit
+
+if TYPE_CHECKING:
+    from templora.tasks.translate import Passage
 
 # What only a session on disk can do.
 ON_DISK = ("undo", "redo", "rewind", "fork", "edit", "editing", "note", "reseed", "close", "versions")
@@ -201,6 +204,24 @@ class Session:
             yield Token(len(self.ids) - 1, token, piece)
         seconds = time.perf_counter() - started
         yield End(reason, written, seconds, adapted.tokens, base.perplexity, adapted.perplexity)
+
+    def translate(
+        self, passages: "Iterable[Passage]", source_language: str, target_language: str, **wishes: Any
+    ) -> Iterator[Event]:
+        """Translate passage by passage, learning each pair; a generator of events.
+
+        Args:
+            passages: `templora.tasks.translate.Passage`s. wishes: `template`, and those of `Translator`.
+
+        Raises:
+            InvalidTemplate, InvalidText: it cannot work.
+        """
+        from templora.tasks.translate import Translator
+        from templora.template import load
+
+        self._check_open()
+        template = load(wishes.pop("template", "auto"), self.base, source_language, target_language)
+        return Translator(self, template, **wishes).run(passages)
 
     def state(self) -> dict[str, Any]:
         """All that a session of the same base, recipe and seed needs to continue bit for bit.

@@ -4,10 +4,8 @@ Teacher-forced: references fill the context and are learned, which is the post-e
 measures. Free: the model's own output fills the context and is learned.
 """
 
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +93,23 @@ def run(
     session.discard()
 
 
+def measure(
+    base: Base,
+    work: Work,
+    recipe: Any,
+    pairs: int,
+    passages: int | None,
+    *,
+    free: bool,
+    drafts: bool,
+    seed: int,
+) -> Outcome:
+    """`run`, to the end. passages: only so many from the work's beginning, and all of its last ones."""
+    chosen = replace(work, train=work.train[:passages])
+    *_, outcome = run(base, chosen, recipe, pairs, free=free, drafts=drafts, seed=seed)
+    return outcome
+
+
 def by_position(outcome: Outcome, parts: int = 4) -> list[tuple[str, int, float, float]]:
     """Quarters of the work: name, target tokens, perplexity of the base, of the adapter."""
     rows: list[tuple[str, int, float, float]] = []
@@ -111,47 +126,11 @@ def by_position(outcome: Outcome, parts: int = 4) -> list[tuple[str, int, float,
 
 
 def authors_statistic(outcome: Outcome) -> tuple[float, float]:
-    """Mean over passages of each one's perplexity, base and adapted: not a perplexity, but what was published."""
+    """Mean over passages of each one's perplexity, base and adapted: what was published."""
     chosen = [event for event in outcome.scored if event.base_nll is not None]
     base = sum(perplexity(event.base_nll or 0.0, event.tokens) for event in chosen)
     adapted = sum(perplexity(event.adapted_nll, event.tokens) for event in chosen)
     return base / len(chosen), adapted / len(chosen)
-
-
-def quality(drafts: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
-    """BLEU and chrF by sacreBLEU, with their signatures."""
-    metrics = needed("sacrebleu.metrics", "measuring translations")
-    found: dict[str, Any] = {}
-    for name, metric in (("bleu", metrics.BLEU()), ("chrf", metrics.CHRF())):
-        found[name] = metric.corpus_score(list(drafts), [list(references)]).score
-        found[f"{name}_signature"] = str(metric.get_signature())
-    return found
-
-
-def consistency(pairs: Iterable[tuple[str, str]], names: Iterable[str]) -> float | None:
-    """Share of repeats of a source name that are translated as it mostly is; None without repeats.
-
-    A name's translation in a passage is the capitalised word that most often goes with it, a heuristic that
-    needs no dictionary: of all such words in the passages with the name, the one that is rarest elsewhere.
-    """
-    passages = [(source, set(re.findall(r"\b[A-Z][a-z]+\b", target))) for source, target in pairs]
-    agree = repeats = 0
-    for name in names:
-        inside = [words for source, words in passages if name in source]
-        outside = [words for source, words in passages if name not in source]
-        if len(inside) < 2:
-            continue
-        counts: dict[str, float] = defaultdict(float)
-        for words in inside:
-            for word in words:
-                counts[word] += 1
-        for words in outside:
-            for word in words & counts.keys():
-                counts[word] -= len(inside) / len(outside)
-        best = max(counts, key=lambda word: (counts[word], word), default=None)
-        repeats += len(inside)
-        agree += sum(best in words for words in inside)
-    return agree / repeats if repeats else None
 
 
 def markdown(outcomes: Sequence[Outcome]) -> str:
@@ -180,3 +159,24 @@ def tally(outcome: Outcome) -> tuple[Tally, Tally]:
         if event.base_nll is not None:
             base.add(event.base_nll, event.tokens)
     return base, adapted
+
+
+def as_json(outcome: Outcome) -> dict[str, Any]:
+    """Plain values: each passage's sums, and the last passages' translations."""
+    return asdict(outcome) | {"by_position": by_position(outcome), "authors": authors_statistic(outcome)}
+
+
+def plot(outcomes: Sequence[Outcome], path: Path) -> None:
+    """Perplexity of translations by quarter, base (dashed) and adapted (solid), a colour a setting."""
+    pyplot = needed("matplotlib.pyplot", "plotting", "plot")
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for number, outcome in enumerate(outcomes):
+        rows = by_position(outcome)[:-1]
+        label = f"{outcome.work}, K = {outcome.pairs}" + (", own output" if outcome.free else "")
+        places = [row[0] for row in rows]
+        axes.plot(places, [row[2] for row in rows], f"C{number}--")
+        axes.plot(places, [row[3] for row in rows], f"C{number}-", label=label)
+    axes.set(yscale="log", ylabel="perplexity of the translation")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

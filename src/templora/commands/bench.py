@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from templora.commands.inputs import load_base, text_of
-from templora.commands.options import Model
+from templora.commands.inputs import load_base, load_recipe, text_of, translation_sizes
+from templora.commands.options import Model, RecipeName
 from templora.commands.running import one_line_errors, say
 from templora.commands.score import Job, Results, score_all
 from templora.errors import InvalidText, OutputError
@@ -30,7 +30,7 @@ def pg19(
     """Perplexity by position and by length, and the cost of a window (resumes where it was stopped)."""
     from templora.bench import pg19 as bench
     from templora.bench.plot import plot_by_position
-    from templora.recipe import load as load_recipe
+    from templora.recipe import load as recipe_of
 
     with one_line_errors():
         files = _books(folder)
@@ -41,7 +41,7 @@ def pg19(
             wishes: dict[str, Any] = {"window": window, "context": window}
             if name == "paper":
                 wishes |= {"chunk": chunk, "dropout": 0.0}
-            job = Job(load_base(model, None, None), load_recipe(name, wishes), seed, tokens, 0, True)
+            job = Job(load_base(model, None, None), recipe_of(name, wishes), seed, tokens, 0, True)
             results = Results(out / f"{Path(name).stem}.json", resume=True)
             score_all(job, files, results, [])
             groups[Path(name).stem] = results.done
@@ -57,6 +57,54 @@ def pg19(
             rows = bench.cost(model, (recipe or ["default"])[0], text_of(files[0]), cost_tokens, say)
             pages += ["## Cost of a window", bench.cost_table(rows)]
         (out / "tables.md").write_text("\n\n".join(pages) + "\n", "utf-8")
+        say(f"tables, results and plot are in {out}")
+
+
+@app.command()
+def guofeng(
+    folder: Annotated[Path, typer.Argument(help="A folder of NAME.train.json(.xz), NAME.eval.json(.xz).")],
+    out: Annotated[Path, typer.Option(help="A folder for results, tables and the plot.")],
+    model: Model = "novelist",
+    recipe: RecipeName = "default",
+    pairs: Annotated[list[int] | None, typer.Option(help="Earlier passages in a prompt: K.")] = None,
+    passages: Annotated[int | None, typer.Option(min=1, help="At most so many of each work.")] = None,
+    score_only: Annotated[bool, typer.Option("--score-only", help="Generate nothing.")] = False,
+    window: Annotated[int | None, typer.Option(help="Tokens of a prompt, at most.")] = None,
+    chunk: Annotated[int | None, typer.Option(help="Tokens of a translation, at most.")] = None,
+    comet_python: Annotated[Path | None, typer.Option(help="A Python that has COMET installed.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """The paper's translation table: target perplexity by position, BLEU, chrF, consistency, COMET."""
+    from templora.bench import guofeng as bench
+    from templora.bench import quality
+
+    with one_line_errors():
+        works = bench.works(folder)
+        _folder(out)
+        base = load_base(model, None, None)
+        sizes = translation_sizes(window, chunk, base.positions)
+        ready = load_recipe(recipe, [], sizes)
+        outcomes: list[bench.Outcome] = []
+        for work in works:
+            for k in pairs or [1, 3]:
+                for free in (False,) if score_only else (False, True):
+                    done = bench.measure(
+                        base, work, ready, k, passages, free=free, drafts=not score_only, seed=seed
+                    )
+                    outcomes.append(done)
+                    before, after = bench.tally(done)
+                    assert before.perplexity and after.perplexity
+                    say(
+                        f"{work.name}, K = {k}, {'own output' if free else 'references'}: perplexity "
+                        f"base {before.perplexity:.2f}, adapter {after.perplexity:.2f}"
+                    )
+                    rows = quality.table_of(outcomes, comet_python) if not score_only else ""
+                    (out / "guofeng.md").write_text(f"{bench.markdown(outcomes)}\n\n{rows}", "utf-8")
+                    result = [bench.as_json(outcome) for outcome in outcomes]
+                    (out / "guofeng.json").write_text(
+                        json.dumps(result, indent=1, ensure_ascii=False), "utf-8"
+                    )
+        bench.plot(outcomes, out / "guofeng.png")
         say(f"tables, results and plot are in {out}")
 
 

@@ -30,6 +30,12 @@ def load_recipe(name: str, pairs: list[str], sizes: dict[str, int | None]) -> Re
     return recipe.load(name, recipe.parse_pairs(pairs) | {k: v for k, v in sizes.items() if v is not None})
 
 
+def translation_sizes(window: int | None, chunk: int | None, positions: int | None) -> dict[str, int | None]:
+    """Half of the positions for the prompt, half for the translation, unless the user says otherwise."""
+    half = min(2048, (positions or 4096) // 2)
+    return {"window": window or half, "context": window or half, "chunk": chunk or half}
+
+
 def sampling_for(session: "Session", wishes: dict[str, Any]) -> "Sampling":
     """How to draw: the wishes over the base's own generation config."""
     from templora.sampling import Sampling

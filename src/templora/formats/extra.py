@@ -6,8 +6,8 @@ from typing import Any
 from templora.errors import MissingExtra
 
 
-def needed(module: str, purpose: str) -> Any:
-    """A module of the extra `formats`. purpose: what it is needed for, to begin a sentence.
+def needed(module: str, purpose: str, extra: str = "formats") -> Any:
+    """A module of an extra. purpose: what it is needed for, to begin a sentence.
 
     Raises:
         MissingExtra: it is not installed.
@@ -16,4 +16,4 @@ def needed(module: str, purpose: str) -> Any:
         return import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise MissingExtra(f'{purpose} needs {package}; say: pip install "templora[formats]"') from error
+        raise MissingExtra(f'{purpose} needs {package}; say: pip install "templora[{extra}]"') from error

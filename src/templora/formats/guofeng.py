@@ -1,4 +1,4 @@
-"""The GuoFeng discourse-translation set: a work as passages of sentence pairs, each with the pairs before it."""
+"""The GuoFeng set: a work as passages of sentence pairs, each with the pairs before it."""
 
 import json
 from dataclasses import dataclass

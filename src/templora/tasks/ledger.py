@@ -19,6 +19,7 @@ from templora.events import ChunkScored, Event, Warned
 from templora.journal import Journal
 from templora.lock import Lock
 from templora.metrics import Tally
+from templora.recipe import Recipe
 from templora.sampling import Sampler
 from templora.tasks.translate import Passage, Translated, Translator
 from templora.versions import Pace, Version, Versions, sync
@@ -73,14 +74,16 @@ class Ledger:
             header.write(part, head)
         return cls(folder)
 
-    def check(self, base: dict[str, Any], settings: dict[str, Any]) -> None:
+    def check(self, base: dict[str, Any], settings: dict[str, Any], recipe: Recipe, seed: int) -> None:
         """Refuse another base, or other settings than it was begun with.
 
         Raises:
             WrongBase: the message says what differs.
         """
         header.check_base(self.header, base, self.folder)
-        was: dict[str, Any] = self.header["translation"]
+        was: dict[str, Any] = {**self.header["recipe"], **self.header["translation"]}
+        was["seed"] = self.header["seed"]
+        settings = {**recipe.model_dump(mode="json"), **settings, "seed": seed}
         keys = [key for key in settings if settings[key] != was.get(key)]
         if keys:
             differences = ", ".join(f"{key} {was.get(key)!r}, not {settings[key]!r}" for key in keys)

@@ -18,8 +18,12 @@ class Block:
     places: tuple[int, ...]
 
 
-def blocks(segments: Sequence[str], language: str, count: Count, budget: int) -> list[Block]:
+def blocks(
+    segments: Sequence[str], language: str, count: Count, budget: int, *, split: bool = True
+) -> list[Block]:
     """Passages of at most `budget` tokens, as `count` counts them. Segments without text are left out.
+
+    split False: a segment that is too long is a passage all the same.
 
     Raises:
         MissingExtra: a segment must be split, and the sentence splitter is not installed.
@@ -44,7 +48,7 @@ def blocks(segments: Sequence[str], language: str, count: Count, budget: int) ->
         tokens = count(text) + 1
         if tokens > room:
             close()
-        if tokens > budget:
+        if tokens > budget and split:
             made += [Block(piece, (place,)) for piece in pieces(text, language, count, budget)]
             continue
         lines.append(text)

@@ -12,7 +12,7 @@ import torch
 
 from templora.detokenizer import Detokenizer
 from templora.errors import InvalidText, WindowTooLarge
-from templora.events import ChunkScored, ChunkSkipped, Event, PassageTranslated, Warned
+from templora.events import ChunkLearned, ChunkScored, ChunkSkipped, Event, PassageTranslated, Warned
 from templora.memory import fits_in_memory
 from templora.sampling import Sampling
 from templora.session import Session
@@ -22,6 +22,8 @@ from templora.window import Span
 
 # A draft that fails its check is drawn once more, less faithfully to the likeliest word.
 RETRY = {"temperature": 0.6, "repetition_penalty": 1.15}
+# Events that say where in the text something happened.
+PLACED = (ChunkScored, ChunkLearned, ChunkSkipped)
 Review = Callable[[str, str], str]
 
 
@@ -137,7 +139,7 @@ class Translator:
         start = self._tokens
         self._tokens += span.tokens if record.target.strip() else 0
         # To whoever counts, a translation's tokens follow those of the one before.
-        return [replace(e, start=start) if hasattr(e, "start") else e for e in events]  # pyright: ignore[reportCallIssue]
+        return [replace(e, start=start) if isinstance(e, PLACED) else e for e in events]
 
     def _scored(self, ids: list[int], span: Span, *, base: bool) -> ChunkScored:
         passes = self.session.passes
@@ -188,7 +190,7 @@ class Translator:
         return kept, [Warned("cut", message)] if cut else []
 
     def _draft(self, number: int, prompt: list[int], source: str) -> tuple[str, str | None]:
-        """The model's translation and what is wrong with it; of two that fail, the first that is not empty."""
+        """The model's translation and what is wrong with it; of two that fail, the first not empty."""
         assert self.sampling is not None
         tries = (self.sampling, replace(self.sampling, **RETRY))
         drafts: list[tuple[str, str | None]] = []

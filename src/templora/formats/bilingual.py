@@ -1,0 +1,190 @@
+"""Files of segments, with or without translations: plain text, TSV, TMX, XLIFF, EPUB; in, and out again."""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from templora.errors import InvalidText, OutputError
+from templora.formats import book, side_by_side
+from templora.formats.extra import needed
+
+TOOLKIT = {".tmx": ("tmx", "tmxfile"), ".xlf": ("xliff", "xlifffile"), ".xliff": ("xliff", "xlifffile")}
+ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A unit of a file: a line, a row, a translation unit, a paragraph. target: None where there is none."""
+
+    source: str
+    target: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A file's segments in order. languages: source and target as the file names them, where it does."""
+
+    segments: list[Segment]
+    languages: tuple[str | None, str | None] = (None, None)
+
+    def translated(self, targets: Sequence[str], source: str, target: str) -> "Document":
+        """The same with these translations; an empty one leaves what was there."""
+        pairs = zip(self.segments, targets, strict=True)
+        return Document([replace(s, target=t or s.target) for s, t in pairs], (source, target))
+
+
+def read(path: Path) -> Document:
+    """The segments of a file, whose kind its name says. Unknown kinds are plain text, a line a segment.
+
+    Raises:
+        InvalidText: there is no such file, or it is not what its name says.
+        MissingExtra: a package is needed to read it.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".epub":
+        from templora.formats import epub_pages
+
+        return Document([Segment(text) for text in epub_pages.read(path)])
+    if suffix in TOOLKIT:
+        return _from_toolkit(path)
+    lines = book.decoded(path).replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
+    return Document([_row(line, path) if suffix == ".tsv" else Segment(line) for line in lines])
+
+
+def write(path: Path, document: Document, original: Path, *, overwrite: bool = False) -> None:
+    """A document as the kind of file that the name says; it appears whole or not at all.
+
+    Args:
+        original: what it was read from. Of the same kind, its structure is kept: XLIFF's groups and notes,
+            an EPUB's pages and pictures. `.html` and `.md` show source and target side by side.
+
+    Raises:
+        OutputError: it exists and may not be overwritten, or it cannot be written, or not as this kind.
+    """
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists; choose another name")
+    part = path.with_name(f".{path.name}.part")
+    try:
+        _writer(path, original)(part, document, original)
+        os.replace(part, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; choose another name") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def check(path: Path, original: Path) -> None:
+    """Whether a file of that name could be made, before any work starts.
+
+    Raises:
+        OutputError: not as this kind.
+    """
+    _writer(path, original)
+
+
+def _writer(path: Path, original: Path) -> Callable[[Path, Document, Path], None]:
+    suffix = path.suffix.lower()
+    if suffix == ".epub":
+        if original.suffix.lower() != ".epub":
+            raise OutputError(f"{path.name} can be made of an EPUB only; choose .txt or .html")
+        return _epub
+    if suffix in TOOLKIT:
+        return lambda part, document, original: _with_toolkit(part, suffix, document, original)
+    if suffix in (".html", ".md"):
+        return lambda part, document, original: _text(part, side_by_side.page(document, suffix))
+    if suffix == ".tsv":
+        return lambda part, document, original: _lines(part, map(_tabbed, document.segments))
+    return lambda part, document, original: _lines(part, (s.target or "" for s in document.segments))
+
+
+def _lines(path: Path, lines: Iterable[str]) -> None:
+    _text(path, "".join(" ".join(line.split("\n")) + "\n" for line in lines))
+
+
+def _text(path: Path, text: str) -> None:
+    path.write_text(text, "utf-8", newline="")
+
+
+def _epub(path: Path, document: Document, original: Path) -> None:
+    from templora.formats import epub_pages
+
+    targets = [segment.target or segment.source for segment in document.segments]
+    epub_pages.write(path, original, targets, document.languages[1])
+
+
+def _row(line: str, path: Path) -> Segment:
+    cells = line.split("\t")
+    if len(cells) > 2:
+        raise InvalidText(f"{path} has a line of {len(cells)} columns; a TSV file has source and target")
+    return Segment(*map(_unescaped, cells))
+
+
+def _tabbed(segment: Segment) -> str:
+    cells = (segment.source, segment.target or "")
+    return "\t".join("".join(ESCAPES.get(c, c) for c in cell) for cell in cells)
+
+
+def _unescaped(cell: str) -> str:
+    pieces = cell.split("\\\\")
+    for escaped in "tnr":
+        plain = {"t": "\t", "n": "\n", "r": "\r"}[escaped]
+        pieces = [piece.replace(f"\\{escaped}", plain) for piece in pieces]
+    return "\\".join(pieces)
+
+
+def _store(path: Path, suffix: str) -> Any:
+    """The file as translate-toolkit's object."""
+    module, name = TOOLKIT[suffix]
+    kind = getattr(needed(f"translate.storage.{module}", f"reading {suffix} files"), name)
+    try:
+        # Reading all units finds what parsing alone does not: a file of another kind.
+        store = kind.parsestring(path.read_bytes())
+        list(store.units)
+    except (SyntaxError, ValueError, AttributeError, StopIteration) as error:
+        raise InvalidText(f"{path} is not a valid {suffix} file ({error}); export it anew") from error
+    except OSError as error:
+        raise InvalidText(f"cannot read {path}: {error.strerror}; check the name") from error
+    return store
+
+
+def _units(store: Any) -> list[Any]:
+    return [unit for unit in store.units if unit.istranslatable()]
+
+
+def _from_toolkit(path: Path) -> Document:
+    store = _store(path, path.suffix.lower())
+    segments = [Segment(unit.source or "", unit.target or None) for unit in _units(store)]
+    return Document(segments, (store.getsourcelanguage(), store.gettargetlanguage()))
+
+
+def _with_toolkit(path: Path, suffix: str, document: Document, original: Path) -> None:
+    source, target = document.languages
+    module, name = TOOLKIT[suffix]
+    if TOOLKIT.get(original.suffix.lower()) == (module, name):
+        store = _store(original, original.suffix.lower())
+        units = _units(store)
+    else:
+        kind = getattr(needed(f"translate.storage.{module}", f"writing {suffix} files"), name)
+        store = kind(sourcelanguage=source, targetlanguage=target)
+        units = [_unit(store, number, s) for number, s in enumerate(document.segments, 1)]
+    for unit, segment in zip(units, document.segments, strict=True):
+        if segment.target and segment.target != unit.target:
+            unit.settarget(_printable(segment.target), target or "und")
+            if module == "xliff":
+                unit.markfuzzy()  # needs-review-translation: no person has approved it
+    path.write_bytes(bytes(store))
+
+
+def _unit(store: Any, number: int, segment: Segment) -> Any:
+    unit = store.addsourceunit(_printable(segment.source))
+    if hasattr(unit, "setid"):
+        unit.setid(str(number))
+    return unit
+
+
+def _printable(text: str) -> str:
+    """Without the characters that XML cannot hold."""
+    return re.sub("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\ud800-\\udfff\\ufffe\\uffff]", "", text)

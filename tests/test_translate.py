@@ -1,0 +1,431 @@
+"""Translating passage by passage: what is learned, what is checked, what survives."""
+
+import copy
+import json
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
+
+import templora
+from templora.base import Base
+from templora.cli import app
+from templora.errors import InvalidTemplate, InvalidText
+from templora.events import ChunkLearned, ChunkScored, ChunkSkipped, Event, PassageTranslated, Warned
+from templora.tasks.checks import problem
+from templora.tasks.passages import assembled, blocks
+from templora.tasks.translate import Passage, Translator
+from templora.template import load
+from templora.testing import ByteTokenizer, ScriptedModel, tiny_llama
+from tests import plain_loop
+
+SIZES = {"window": 64, "context": 64, "chunk": 48}
+PAIRS = [
+    ("Suo Mian kam.", "Su Mian came."),
+    ("Suo Mian sah das Meer.", "Su Mian saw the sea."),
+    ("Er sah Suo Mian.", "He saw Su Mian."),
+    ("Das Meer war still.", "The sea was calm."),
+    ("Suo Mian ging.", "Su Mian left."),
+]
+
+
+def tiny_base(**changes: Any) -> Base:
+    return templora.load(model=tiny_llama(initializer_range=0.2, **changes), tokenizer=ByteTokenizer())
+
+
+def translator(base: Base, recipe: str = "default", **wishes: Any) -> Translator:
+    sizes = {key: wishes.pop(key) for key in list(wishes) if key in templora.Recipe.model_fields}
+    session = base.session(recipe, seed=3, **(SIZES | sizes))
+    return Translator(session, load("auto", base, "de", "en"), **wishes)
+
+
+def references(pairs: list[tuple[str, str]] = PAIRS) -> list[Passage]:
+    return [Passage(source, target) for source, target in pairs]
+
+
+def of(kind: type[Any], events: list[Event]) -> list[Any]:
+    return [event for event in events if isinstance(event, kind)]
+
+
+def test_the_paper_recipe_gives_the_nll_of_a_plain_loop(tmp_path: Path) -> None:
+    """Teacher-forced, K = 1, dropout 0: prompts and labels are built here anew, from the paper's words."""
+    base = tiny_base(max_position_embeddings=512)
+    bare = copy.deepcopy(base.model)
+    ours = translator(base, "paper", dropout=0.0, window=256, context=256, chunk=64)
+    ours.session.adapter.save(tmp_path)
+    start = load_file(tmp_path / "adapter_model.safetensors")
+    events = list(ours.run(references(PAIRS * 3)))
+    rows: list[plain_loop.Row] = []
+    before = ""
+    for source, target in PAIRS * 3:
+        asked = f"German:\n{source}\nEnglish:\n"
+        prompt = [256, *base.encode(before + asked)]
+        rows.append((prompt + base.encode(f"{target}\n\n"), len(prompt)))
+        before = f"{asked}{target}\n\n"
+    theirs = plain_loop.run(bare, rows, seed=3, adapter_from=start)
+    scored = of(ChunkScored, events)
+    assert [e.adapted_nll / e.tokens for e in scored] == pytest.approx(
+        [nll / (len(ids) - start) for nll, (ids, start) in zip(theirs, rows, strict=True)], abs=1e-4
+    )
+    moved = [abs(e.adapted_nll - (e.base_nll or 0.0)) / e.tokens for e in scored]
+    assert max(moved) > 1e-3, "the adapter must matter, or any loop would match"
+
+
+def test_the_base_is_untouched_and_events_follow_each_other() -> None:
+    base = tiny_base()
+    before = base.fingerprint()
+    made = translator(base)
+    events = list(made.run(references()))
+    assert base.fingerprint() == before
+    kinds = [event.kind for event in events if event.kind != "warning"]
+    assert kinds == ["passage_translated", "chunk_scored", "chunk_learned"] * len(PAIRS)
+    starts = [event.start for event in of(ChunkScored, events)]
+    sizes = [event.tokens for event in of(ChunkScored, events)]
+    assert starts == [sum(sizes[:i]) for i in range(len(sizes))]
+    assert [e.origin for e in of(PassageTranslated, events)] == ["reference"] * len(PAIRS)
+
+
+def test_a_session_translates_by_itself() -> None:
+    base = tiny_base()
+    events = list(base.session(seed=3, **SIZES).translate(references(), "de", "en"))
+    assert [e.kind for e in events] == [e.kind for e in translator(base).run(references())]
+    assert len(of(ChunkLearned, events)) == len(PAIRS)
+
+
+def test_a_name_that_is_always_corrected_becomes_likely() -> None:
+    """A person writes "Zhu Wen" wherever the model wrote something else; soon the adapter expects it."""
+    base = templora.load("novelist")
+
+    def corrects(source: str, draft: str) -> str:
+        return source.replace("朱雯", "Zhu Wen")
+
+    made = translator(
+        base, window=256, context=256, chunk=32, pairs=0, review=corrects, sampling=None, learning_rate=1e-3
+    )
+    sources = [
+        f"朱雯 {verb} the {thing}." for verb in ("saw", "left", "kept", "knew") for thing in ("sea", "lamp")
+    ]
+    likely: list[float] = []
+    origins: list[str] = []
+    for source in sources:
+        name = base.encode("Zhu Wen")
+        prompt = made.template.ids(base, [], source, {})
+        with torch.no_grad(), made.session.adapter.attached():
+            likely.append(float(base.nll((prompt + name)[:-1], name).sum()))
+        (done,) = of(PassageTranslated, made.translate(Passage(source)))
+        origins.append(done.origin)
+    assert origins[0] == "correction"
+    # In nats: less is likelier.
+    assert all(after < likely[0] for after in likely[1:])
+    assert likely[-1] < likely[0] - 5
+
+
+def scripted(text: str) -> Base:
+    """A base that writes that text after a line feed, letter by letter, and then ends."""
+    ids = ByteTokenizer().encode(text)
+    assert len(set(ids)) == len(ids), "each letter once: the script is a function of the last one"
+    successor = dict(zip(ByteTokenizer().encode("\n") + ids, [*ids, 256], strict=True))
+    return templora.load(model=ScriptedModel(successor), tokenizer=ByteTokenizer())
+
+
+def test_own_output_is_learned_when_nothing_is_wrong_with_it() -> None:
+    events = translator(scripted("A dog")).translate(Passage("Ein Hund lief."))
+    (done,) = of(PassageTranslated, events)
+    assert (done.draft, done.target, done.origin, done.problem) == ("A dog", "A dog", "own", None)
+    assert len(of(ChunkLearned, events)) == 1
+
+
+@pytest.mark.parametrize(
+    ("writes", "source", "reason"),
+    [
+        ("", "Ein Hund lief.", "empty"),
+        ("A dog", "Ein Hund\nlief weg.", "lines"),
+        ("Kätzchens", "Kätzchens Lauf", None),
+    ],
+)
+def test_what_fails_its_check_is_kept_and_not_learned(writes: str, source: str, reason: str | None) -> None:
+    events = translator(scripted(writes)).translate(Passage(source))
+    (done,) = of(PassageTranslated, events)
+    assert (done.target, done.problem) == (writes, reason)
+    learned = len(of(ChunkLearned, events))
+    assert learned == (reason is None)
+    assert bool(of(Warned, events)) == (reason is not None)
+    assert [e.reason for e in of(ChunkSkipped, events)] == (["check"] if reason and writes else [])
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "ended", "expected"),
+    [
+        ("Ein Hund lief.", "A dog.", True, None),
+        ("Ein Hund lief.", " \n", True, "empty"),
+        ("Ein Hund lief.", "A dog.", False, "runaway"),
+        ("Ein Hund lief.", "ha " * 100, True, "runaway"),
+        (
+            "苏绵来了，她看见了大海和天空里的云。",
+            "Su Mian came and saw the sea and the clouds.",
+            True,
+            None,
+        ),
+        ("Ein Hund lief über die Wiese.", "Ein Hund lief über die Wiese.", True, "untranslated"),
+        (
+            "苏绵来了，她看见了大海和天空里的云。",
+            "苏绵来了，她看见了大海和天空里的云。",
+            True,
+            "untranslated",
+        ),
+        ("S.O.S.", "S.O.S.", True, None),
+        ("Eins.\nZwei.", "One. Two.", True, "lines"),
+    ],
+)
+def test_the_checks(source: str, target: str, ended: bool, expected: str | None) -> None:
+    assert problem(source, target, ended=ended) == expected
+
+
+def test_a_prompt_that_is_too_long_is_cut_from_its_old_end_and_said_once() -> None:
+    base = tiny_base()
+    made = translator(base, pairs=4)
+    events = list(made.run(references()))
+    assert [w.code for w in of(Warned, events)].count("cut") == 1
+    prompt, _ = made._prompt(Passage("Suo Mian kam."))
+    assert len(prompt) == SIZES["window"]
+    assert base.decode(prompt).endswith("German:\nSuo Mian kam.\nEnglish:\n")
+    assert prompt[0] == 256
+
+
+def test_terms_stand_in_the_prompt_only_where_the_source_has_them() -> None:
+    base = tiny_base()
+    template = load("plain", base, "zh", "en")
+    terms = {"苏绵": "Su Mian", "魏峰": "Wei Feng"}
+    asked = base.decode(template.ids(base, [("a", "b")], "苏绵来了", terms))
+    assert (
+        asked
+        == "Chinese → English: 苏绵 = Su Mian\n\nChinese:\na\nEnglish:\nb\n\nChinese:\n苏绵来了\nEnglish:\n"
+    )
+
+
+def test_a_chat_model_is_asked_through_its_own_template() -> None:
+    base = tiny_base()
+    base.tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    template = load("auto", base, "zh", "English")
+    ids = template.ids(base, [("a", "b")], "c", {})
+    text = base.tokenizer.decode(ids)
+    assert text.startswith("<system>You translate a book from Chinese to English")
+    assert text.endswith("<user>a<|end|><assistant>b<|end|><user>c<|end|><assistant>")
+    assert ids.count(256) == 4
+    assert template.end_ids(base) == [256]
+
+
+@pytest.mark.parametrize("text", ["prompt: [", "end: x", "prompt: '{nonsense}'\nend: x", "prompt: x\nodd: y"])
+def test_a_template_that_cannot_work_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "t.yaml").write_text(text)
+    with pytest.raises(InvalidTemplate):
+        load(tmp_path / "t.yaml", tiny_base(), "zh", "en")
+    with pytest.raises(InvalidTemplate, match="this base is none; say plain"):
+        load("chat", tiny_base(), "zh", "en")
+
+
+WORDS = st.text("ab 苏绵。.!?\t", max_size=60)
+
+
+@given(st.lists(WORDS, max_size=12), st.integers(4, 40), st.sampled_from(["zh", "en"]))
+def test_no_word_is_lost_between_segments_and_passages(
+    segments: list[str], budget: int, language: str
+) -> None:
+    parts = blocks(segments, language, lambda text: len(text.encode()), budget)
+    assert all(len(p.source.encode()) <= budget + 2 for p in parts)
+    again = assembled(parts, [p.source for p in parts], len(segments), language)
+    assert ["".join(s.split()) for s in again] == ["".join(s.split()) for s in segments]
+
+
+def test_a_translation_with_too_few_or_too_many_lines_loses_nothing() -> None:
+    parts = blocks(["a", "", "b", "c"], "en", len, 100)
+    assert assembled(parts, ["A\nB"], 4, "en") == ["A", "", "B", ""]
+    assert assembled(parts, ["A\nB\nC\nD"], 4, "en") == ["A", "", "B", "C D"]
+
+
+# The command.
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_llama(initializer_range=0.2).save_pretrained(folder)
+    ByteTokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("de.txt").write_text("".join(f"{source}\n" for source, _ in PAIRS), "utf-8")
+    Path("en.txt").write_text("".join(f"{target}\n" for _, target in PAIRS), "utf-8")
+    return tmp_path
+
+
+def run(line: str, *more: str, answers: str | None = None) -> Result:
+    done = CliRunner().invoke(app, ["translate", *line.split(), *more], input=answers)
+    assert done.exit_code == 0, done.output + done.stderr
+    return done
+
+
+def arguments(tiny: str) -> str:
+    return (
+        f"de.txt --from de --to en --out out.txt --model {tiny} --passage 30 --window 64 --chunk 24 --quiet"
+    )
+
+
+def test_references_come_out_as_they_went_in_and_are_learned(tiny: str, here: Path) -> None:
+    done = run(f"{arguments(tiny)} --references en.txt")
+    assert Path("out.txt").read_text("utf-8") == Path("en.txt").read_text("utf-8")
+    assert "perplexity base" in done.stderr
+    assert "5 of 5 passages are in out.txt" in done.stderr
+
+
+def journal(folder: str = "out.txt.session") -> list[dict[str, Any]]:
+    lines = map(json.loads, Path(folder, "journal.jsonl").read_text("utf-8").splitlines())
+    return [{k: v for k, v in line.items() if k != "crc"} for line in lines][1:]
+
+
+def command(line: str) -> list[str]:
+    return [sys.executable, "-m", "templora", "translate", *line.split()]
+
+
+@pytest.mark.slow
+def test_killed_at_any_passage_it_goes_on_as_if_it_had_not_been(tiny: str, here: Path) -> None:
+    Path("de.txt").write_text("".join(f"{source}\n" for source, _ in PAIRS * 4), "utf-8")
+    run(f"{arguments(tiny)} --session whole")
+    whole, text = journal("whole"), Path("out.txt").read_bytes()
+    Path("out.txt").unlink()
+    shows = arguments(tiny).replace(" --quiet", "")
+    for _ in range(4):
+        with subprocess.Popen(command(shows), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            process.send_signal(signal.SIGKILL)
+    assert 0 < len(journal()) < len(whole)
+    run(arguments(tiny))
+    assert journal() == whole
+    assert Path("out.txt").read_bytes() == text
+
+
+def test_a_correction_made_later_is_learned_with_all_that_follows(tiny: str, here: Path) -> None:
+    line = f"{arguments(tiny)} --corrections fixes"
+    run(f"{line} --references en.txt")
+    assert Path("fixes/00001.source.txt").read_text("utf-8") == PAIRS[1][0] + "\n"
+    Path("fixes/00001.txt").write_text("Su Mian beheld the sea.\n", "utf-8")
+    done = run(f"{line} --references en.txt")
+    assert "passage 1 was corrected" in done.stderr
+    assert Path("out.txt").read_text("utf-8").splitlines()[1] == "Su Mian beheld the sea."
+    session = templora.load(tiny).session(window=64, context=64, chunk=24, seed=0)
+    straight = Translator(session, load("plain", session.base, "de", "en"))
+    pairs = [PAIRS[0], (PAIRS[1][0], "Su Mian beheld the sea."), *PAIRS[2:]]
+    list(straight.run(references(pairs)))
+    newest = max(Path("out.txt.session/versions").iterdir())
+    learned = load_file(newest / "adapter_model.safetensors")
+    session.adapter.save(here / "straight")
+    expected = load_file(here / "straight" / "adapter_model.safetensors")
+    assert all(torch.equal(learned[name], expected[name]) for name in expected)
+
+
+def test_review_asks_about_each_passage(tiny: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("editor.sh").write_text('#!/bin/sh\necho "Su Mian came." > "$1"\n')
+    Path("editor.sh").chmod(0o755)
+    monkeypatch.setenv("EDITOR", str(here / "editor.sh"))
+    monkeypatch.delenv("VISUAL", raising=False)
+    run(f"{arguments(tiny)} --review", answers="what\ne\na\na\na\na\n")
+    origins = [line["origin"] for line in journal()]
+    assert origins == ["correction"] + ["accepted"] * 4
+    assert Path("out.txt").read_text("utf-8").splitlines()[0] == "Su Mian came."
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("nowhere.txt --from de --to en --out o.txt", "cannot read nowhere.txt"),
+        ("empty.txt --from de --to en --out o.txt", "holds no text"),
+        ("de.txt --from de --to en --out en.txt", "en.txt exists and is never overwritten"),
+        ("de.txt --from de --to en --out o.epub", "can be made of an EPUB only"),
+        ("de.txt --from de --to en --out o.txt --references short.txt", "has 1 segments, the source 5"),
+        ("de.txt --from de --to en --out o.txt --glossary en.txt", "is no glossary"),
+        ("de.txt --from de --to en --out o.txt --prompt-template x", "no template 'x'"),
+        ("three.tsv --from de --to en --out o.txt", "a TSV file has source and target"),
+    ],
+)
+def test_what_cannot_work_is_one_line(line: str, reason: str, tiny: str, here: Path) -> None:
+    Path("empty.txt").write_text("\n \n")
+    Path("short.txt").write_text("one\n")
+    Path("three.tsv").write_text("a\tb\tc\n")
+    done = CliRunner().invoke(app, ["translate", *line.split(), "--model", tiny])
+    assert done.exit_code == 2, done.output
+    assert done.stderr.count("\n") == 1
+    assert reason in done.stderr
+    assert not Path("o.txt.session").exists()
+
+
+def test_a_session_keeps_its_source_and_settings(tiny: str, here: Path) -> None:
+    run(f"{arguments(tiny)} --references en.txt")
+    for line, reason in (
+        (arguments(tiny).replace("--to en", "--to fr"), "was begun with to 'en', not 'fr'"),
+        (arguments(tiny) + " --recipe paper", "was begun with name 'default', not 'paper'"),
+        (arguments(tiny) + " --model novelist", "this base differs"),
+    ):
+        done = CliRunner().invoke(app, ["translate", *line.split()])
+        assert (done.exit_code, reason in done.stderr) == (2, True), done.stderr
+    Path("de.txt").write_text("Etwas anderes.\n")
+    done = CliRunner().invoke(app, ["translate", *arguments(tiny).split()])
+    assert "passage 0 of de.txt is not what out.txt.session has translated" in done.stderr
+    done = CliRunner().invoke(app, ["write", "--session", "out.txt.session", "--tokens", "5"])
+    assert "holds a translation; go on with templora translate" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a\x00b",
+        "a\x08\x1b[31mb\n\nс русским и 中文 \u05e2\u05d1",
+        "x" * 50_000,
+        "。" * 3000,
+        "\ufeffb\r\nc\rd",
+    ],
+    ids=["nul", "control", "one long line", "no sentence", "line ends"],
+)
+def test_odd_sources_are_translated_or_refused(text: str, tiny: str, here: Path) -> None:
+    Path("de.txt").write_bytes(text.encode())
+    parts = blocks(text.split("\n"), "de", lambda t: len(t.encode()), 400)
+    assert "".join("".join(p.source.split()) for p in parts) == "".join(text.split())
+    if len(text) > 1000:
+        return  # as passages it is like any other, only long
+    done = CliRunner().invoke(app, ["translate", *arguments(tiny).split()])
+    if "\0" in text:
+        assert (done.exit_code, "binary data" in done.stderr) == (2, True)
+    else:
+        assert done.exit_code == 0, done.output
+        assert len(Path("out.txt").read_text("utf-8").splitlines()) == len(text.splitlines())
+
+
+@pytest.mark.slow
+def test_a_thousand_passages_run_in_flat_memory(tiny: str) -> None:
+    made = translator(templora.load(tiny))
+    peaks: list[int] = []
+    for number, passage in enumerate(references(PAIRS * 200)):
+        made.translate(passage)
+        if number in (199, 999):
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    assert peaks[1] - peaks[0] < 20_000, "kilobytes"
+
+
+def test_a_passage_without_text_is_refused() -> None:
+    with pytest.raises(InvalidText, match="passage 0 holds no text"):
+        translator(tiny_base()).translate(Passage(" "))
