@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "templora"
 FLOORS = {
     0: "errors events recipe window metrics",
-    1: "base loading probe cross_entropy cache adapter passes learner guard study decoder "
+    1: "base loading probe cross_entropy cache adapter passes template learner guard study decoder "
     "detokenizer sampling memory sizes",
     2: "session durable replay snapshot store shelf header history journal versions lock migrations",
     3: "tasks formats hook",
@@ -19,8 +19,8 @@ FLOORS = {
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 BESIDE = {"testing": 1}  # public fakes stand beside the house and may use its two lowest floors
-# `Base.session()` makes a session without knowing it.
-DOORS = {("base", "session"), ("base", "durable")}
+# `Base.session()` makes a session without knowing it, `Session.translate()` a translator.
+DOORS = {("base", "session"), ("base", "durable"), ("session", "tasks")}
 HEAVY = {"torch", "transformers", "peft", "tokenizers", "safetensors"}
 
 

@@ -15,11 +15,11 @@ from templora import header, snapshot
 from templora.base import Base, load
 from templora.errors import OutputError, SessionClosed, WrongBase
 from templora.events import ChunkScored, Event, Warned
-from templora.metrics import Tally
+from templora.metrics import Tally, count
 from templora.recipe import Recipe
 from templora.replay import Replay
 from templora.sampling import Sampler
-from templora.session import Reading, Session, count
+from templora.session import Reading, Session
 from templora.sizes import sizes
 from templora.store import BUDGET, Store
 from templora.versions import Pace, Version

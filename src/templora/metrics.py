@@ -6,6 +6,8 @@ Source of the convention: perplexity = exp(sum of NLL / sum of tokens); bits per
 import math
 from dataclasses import dataclass
 
+from templora.events import ChunkScored, Event
+
 
 @dataclass(slots=True)
 class Tally:
@@ -38,3 +40,11 @@ def perplexity(nll: float, tokens: int) -> float:
         return math.exp(nll / tokens)
     except OverflowError:
         return math.inf
+
+
+def count(event: Event, base: Tally, adapted: Tally) -> None:
+    """Add a scored chunk to both sums; other events pass by."""
+    if isinstance(event, ChunkScored):
+        adapted.add(event.adapted_nll, event.tokens)
+        if event.base_nll is not None:
+            base.add(event.base_nll, event.tokens)

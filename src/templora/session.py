@@ -21,7 +21,7 @@ from templora.errors import InvalidText, NeedsFolder, SessionClosed, TemploraErr
 from templora.events import ChunkScored, ChunkWritten, End, Event, Token, Warned
 from templora.learner import Learner
 from templora.memory import fits_in_memory
-from templora.metrics import Tally
+from templora.metrics import Tally, count
 from templora.passes import Passes
 from templora.recipe import SIZES, Recipe
 from templora.recipe import load as load_recipe
@@ -208,20 +208,11 @@ class Session:
     def translate(
         self, passages: "Iterable[Passage]", source_language: str, target_language: str, **wishes: Any
     ) -> Iterator[Event]:
-        """Translate passage by passage, learning each pair; a generator of events.
-
-        Args:
-            passages: `templora.tasks.translate.Passage`s. wishes: `template`, and those of `Translator`.
-
-        Raises:
-            InvalidTemplate, InvalidText: it cannot work.
-        """
-        from templora.tasks.translate import Translator
-        from templora.template import load
+        """Translate passage by passage; see `templora.tasks.translate.translating`."""
+        from templora.tasks.translate import translating
 
         self._check_open()
-        template = load(wishes.pop("template", "auto"), self.base, source_language, target_language)
-        return Translator(self, template, **wishes).run(passages)
+        return translating(self, passages, source_language, target_language, **wishes)
 
     def state(self) -> dict[str, Any]:
         """All that a session of the same base, recipe and seed needs to continue bit for bit.
@@ -323,11 +314,3 @@ class Session:
             raise SessionClosed("this session was discarded; make a new one with base.session()")
         if torch.is_inference_mode_enabled():
             raise TemploraError("nothing can be learned inside torch.inference_mode(); use no_grad instead")
-
-
-def count(event: Event, base: Tally, adapted: Tally) -> None:
-    """Add a scored chunk to both sums; other events pass by."""
-    if isinstance(event, ChunkScored):
-        adapted.add(event.adapted_nll, event.tokens)
-        if event.base_nll is not None:
-            base.add(event.base_nll, event.tokens)

@@ -58,8 +58,9 @@ def works(folder: Path) -> list[Work]:
     """
     found: list[Work] = []
     for path in sorted(folder.glob("*.train.json*")) if folder.is_dir() else []:
-        other = path.with_name(path.name.replace(".train.", ".eval."))
-        found.append(Work(path.name.partition(".")[0], read(path), read(other) if other.exists() else []))
+        name = path.name.partition(".")[0]
+        other = next(iter(folder.glob(f"{name}.eval.json*")), None)
+        found.append(Work(name, read(path), read(other) if other else []))
     if not found:
         raise InvalidText(f"{folder} holds no NAME.train.json files; give the folder of the GuoFeng set")
     return found

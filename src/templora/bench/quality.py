@@ -25,7 +25,7 @@ LEAST_REPEATS = 3  # passages in which a run of characters must stand to be take
 
 def scores(drafts: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
     """BLEU and chrF with their signatures."""
-    metrics = needed("sacrebleu.metrics", "measuring translations")
+    metrics = needed("sacrebleu.metrics", "measuring translations", "translate")
     found: dict[str, Any] = {}
     for name, metric in (("bleu", metrics.BLEU()), ("chrf", metrics.CHRF())):
         found[name] = metric.corpus_score(list(drafts), [list(references)]).score

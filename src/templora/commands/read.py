@@ -68,9 +68,8 @@ def _learn(
     session: "DurableSession", path: Path, text: str, score_base: bool, interrupted: list[int]
 ) -> None:
     from templora.events import Warned
-    from templora.metrics import Tally
+    from templora.metrics import Tally, count
     from templora.report import ScoreStatus
-    from templora.session import count
 
     events: Iterator[Event]
     if has_read(session.text, text):

@@ -127,9 +127,8 @@ class _Job:
     def run(self, ledger: "Ledger", translator: "Translator", interrupted: list[int]) -> Iterator[None]:
         """Passage after passage, until all are done or someone asks to stop."""
         from templora.events import ChunkScored, Warned
-        from templora.metrics import Tally
+        from templora.metrics import Tally, count
         from templora.report import ScoreStatus
-        from templora.session import count
         from templora.tasks.translate import Passage
 
         self._check(ledger)

@@ -138,12 +138,12 @@ def _unescaped(cell: str) -> str:
 def _store(path: Path, suffix: str) -> Any:
     """The file as translate-toolkit's object."""
     module, name = TOOLKIT[suffix]
-    kind = getattr(needed(f"translate.storage.{module}", f"reading {suffix} files"), name)
+    kind = getattr(needed(f"translate.storage.{module}", f"reading {suffix} files", "translate"), name)
     try:
         # Reading all units finds what parsing alone does not: a file of another kind.
         store = kind.parsestring(path.read_bytes())
         list(store.units)
-    except (SyntaxError, ValueError, AttributeError, StopIteration) as error:
+    except (SyntaxError, ValueError, AttributeError, AssertionError, StopIteration) as error:
         raise InvalidText(f"{path} is not a valid {suffix} file ({error}); export it anew") from error
     except OSError as error:
         raise InvalidText(f"cannot read {path}: {error.strerror}; check the name") from error
@@ -167,14 +167,14 @@ def _with_toolkit(path: Path, suffix: str, document: Document, original: Path) -
         store = _store(original, original.suffix.lower())
         units = _units(store)
     else:
-        kind = getattr(needed(f"translate.storage.{module}", f"writing {suffix} files"), name)
+        kind = getattr(needed(f"translate.storage.{module}", f"writing {suffix} files", "translate"), name)
         store = kind(sourcelanguage=source, targetlanguage=target)
         units = [_unit(store, number, s) for number, s in enumerate(document.segments, 1)]
     for unit, segment in zip(units, document.segments, strict=True):
         if segment.target and segment.target != unit.target:
             unit.settarget(_printable(segment.target), target or "und")
             if module == "xliff":
-                unit.markfuzzy()  # needs-review-translation: no person has approved it
+                unit.markreviewneeded()  # no person has approved it
     path.write_bytes(bytes(store))
 
 

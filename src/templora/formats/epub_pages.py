@@ -109,7 +109,17 @@ def _blocks(root: Any) -> list[Any]:
 
 
 def _text(element: Any) -> str:
-    return " ".join("".join(element.itertext("{*}*")).split())
+    return " ".join("".join(_words(element)).split())
+
+
+def _words(element: Any) -> Iterator[str]:
+    yield element.text or ""
+    for inner in element:
+        if _local(inner) == "br":
+            yield " "
+        if _local(inner):  # a comment has no name, only what follows it
+            yield from _words(inner)
+        yield inner.tail or ""
 
 
 def _replace(element: Any, text: str) -> None:

@@ -60,7 +60,7 @@ def blocks(
 
 def pieces(text: str, language: str, count: Count, budget: int) -> list[str]:
     """A long line as runs of whole sentences; a sentence that is too long is cut at spaces, or anywhere."""
-    split = needed("sentencex", "splitting long paragraphs into sentences")
+    split = needed("sentencex", "splitting long paragraphs into sentences", "translate")
     sentences = [sentence for sentence in split.segment(language.partition("-")[0], text) if sentence.strip()]
     made: list[str] = []
     for sentence in sentences:

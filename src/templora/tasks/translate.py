@@ -7,6 +7,8 @@ person's correction or a reference, if there is one → score → learn, labels 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +19,7 @@ from templora.memory import fits_in_memory
 from templora.sampling import Sampling
 from templora.session import Session
 from templora.tasks.checks import problem
-from templora.template import Pair, Template
+from templora.template import Pair, Template, load
 from templora.window import Span
 
 # A draft that fails its check is drawn once more, less faithfully to the likeliest word.
@@ -50,6 +52,27 @@ class Translated:
     base: bool
     learned: bool
     context: tuple[Pair, ...] | None = None
+
+
+def translating(
+    session: Session,
+    passages: Iterable[Passage],
+    source_language: str,
+    target_language: str,
+    *,
+    template: str | Path = "auto",
+    **wishes: Any,
+) -> Iterator[Event]:
+    """Translate with a session, learning each pair; a generator of events.
+
+    Args:
+        template: a name or a file, see `templora.template.load`. wishes: as `Translator`'s.
+
+    Raises:
+        InvalidTemplate, InvalidText: it cannot work.
+    """
+    filled = load(template, session.base, source_language, target_language)
+    return Translator(session, filled, **wishes).run(passages)
 
 
 @dataclass

@@ -1,0 +1,110 @@
+"""`templora bench guofeng` on a small set of its own, and what its numbers mean."""
+
+import json
+import lzma
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from templora.bench import quality
+from templora.cli import app
+from templora.errors import OutputError
+from templora.testing import ByteTokenizer, tiny_llama
+
+NAMES = [("苏绵", "Su Mian"), ("魏峰", "Wei Feng")]
+
+
+def excerpt(number: int) -> dict[str, object]:
+    zh, en = NAMES[number % 2]
+    pairs = [
+        {"zh": f"{zh}来了。", "en": f"{en} came."},
+        {"zh": f"第{number}天", "en": f"Day {number} of the war"},
+    ]
+    return {"contexts": {"k1": [], "k3": []}, "inference": pairs}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A work of twelve passages and two last ones."""
+    made = tmp_path / "set"
+    made.mkdir()
+    (made / "w.train.json").write_text(json.dumps([excerpt(n) for n in range(12)]), "utf-8")
+    (made / "w.eval.json.xz").write_bytes(lzma.compress(json.dumps([excerpt(n) for n in (12, 13)]).encode()))
+    return made
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_llama(initializer_range=0.2, max_position_embeddings=256).save_pretrained(folder)
+    ByteTokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("score_only", [True, False])
+def test_the_bench_measures_both_settings(score_only: bool, folder: Path, tiny: str, tmp_path: Path) -> None:
+    line = ["bench", "guofeng", str(folder), "--model", tiny, "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, [*line, *(["--score-only"] if score_only else [])])
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "out" / "guofeng.json").read_text("utf-8"))
+    settings = [(entry["work"], entry["pairs"], entry["free"]) for entry in found]
+    free = [False] if score_only else [False, True]
+    assert settings == [("w", k, f) for k in (1, 3) for f in free]
+    for entry in found:
+        assert all(chunk["base_nll"] > 0 for chunk in entry["scored"])
+        assert len(entry["drafts"]) == (0 if score_only else 2)
+        *quarters, whole = entry["by_position"]
+        assert sum(row[1] for row in quarters) == whole[1]
+    taught = [entry for entry in found if not entry["free"]]
+    assert all(entry["by_position"][-1][3] < entry["by_position"][-1][2] for entry in taught)
+    page = (tmp_path / "out" / "guofeng.md").read_text("utf-8")
+    assert "the authors' statistic" in page
+    assert ("BLEU" in page) is not score_only
+    assert (tmp_path / "out" / "guofeng.png").stat().st_size > 10_000
+
+
+def test_an_empty_folder_is_one_line(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["bench", "guofeng", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert "holds no NAME.train.json files" in done.stderr
+
+
+def test_quality_is_sacrebleus_and_perfect_for_the_reference() -> None:
+    text = ["Su Mian came and saw the sea.", "Wei Feng left the house at noon."]
+    found = quality.scores(text, text)
+    assert found["bleu"] == pytest.approx(100)
+    assert found["chrf"] == pytest.approx(100)
+    assert "version:" in found["bleu_signature"]
+    assert quality.scores(["nothing like it", "at all"], text)["bleu"] < 5
+
+
+def test_names_that_are_translated_alike() -> None:
+    sources = [f"{NAMES[n % 2][0]}在第{n}天来了" for n in range(8)]
+    names = quality.names_in(sources)
+    assert {"苏绵", "魏峰"} <= {name[:2] for name in names}
+    alike = [f"On day {n} {NAMES[n % 2][1]} came" for n in range(8)]
+    assert quality.consistency(zip(sources, alike, strict=True), ["苏绵", "魏峰"]) == 1
+    mixed = [t.replace("Su Mian", "So Men") if n == 2 else t for n, t in enumerate(alike)]
+    assert quality.consistency(zip(sources, mixed, strict=True), ["苏绵", "魏峰"]) == pytest.approx(7 / 8)
+    assert quality.consistency([], ["苏绵"]) is None
+
+
+def test_comet_runs_in_a_python_of_its_own(tmp_path: Path) -> None:
+    texts = (["苏绵"], ["Su Mian"], ["Su Mian"])
+    with pytest.raises(OutputError, match=r"COMET failed in .*comet"):
+        quality.comet(Path(sys.executable), *texts)
+    with pytest.raises(OutputError, match="cannot run"):
+        quality.comet(tmp_path / "no-python", *texts)
+    # A package that stands for COMET's interface; COMET itself cannot be installed beside us.
+    (tmp_path / "comet.py").write_text(
+        "from types import SimpleNamespace as S\n"
+        "download_model = lambda name: name\n"
+        "predict = lambda data, **_: S(system_score=len(data[0]['mt']))\n"
+        "load_from_checkpoint = lambda path: S(predict=predict)\n"
+    )
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    assert quality.comet(python, *texts) == 7.0
