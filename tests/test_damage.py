@@ -29,6 +29,7 @@ from templora.errors import (
 from templora.events import Event, Token, Warned
 from tests.sessions import BASE, base, durable, in_memory, killed, state, written
 
+pytestmark = pytest.mark.slow
 CUTS = ["emptied", "halved", "short", "long", "removed"]
 FLIPS = [f"flip {n}" for n in range(6)]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import templora
 from templora.base import Base
-from templora.events import ChunkLearned, ChunkSkipped, RolledBack, Warned
+from templora.events import ChunkLearned, ChunkScored, ChunkSkipped, RolledBack, Warned
 from templora.guard import ENOUGH, LARGEST_LOSS, LONGEST_NOISE, Guard, distinct_4
 from templora.tasks.score import Scores, scoring
 from templora.testing import ByteTokenizer, tiny_llama
@@ -139,6 +139,24 @@ def test_garbage_in_the_middle_costs_at_most_one_percent_and_the_text_after_it_s
     after = [e for e in scored if e.start > 1500 + len(garbage)]
     gain = sum(e.base_nll - e.adapted_nll for e in after)
     assert gain > -0.01 * sum(e.tokens for e in after)
+
+
+@pytest.mark.slow
+def test_a_text_that_becomes_another_one_is_learned_anew(novelist: Base) -> None:
+    """What a table of numbers teaches is worth much on the table and harmful on the prose after it."""
+    table = "".join(f"{n:4d} {n * n:6d} {n**0.5:9.6f}\n" for n in range(1, 200))
+    writer = novelist.session(seed=2, learning_rate=0.0)
+    writer.read("The old captain looked at the sea. ")
+    for _ in writer.write(2500, temperature=0.8):
+        pass
+    ids = novelist.encode(table)[:3000]
+    change, events = attacked(novelist, ids + writer.ids[1:])
+    scored = [e for e in events if isinstance(e, ChunkScored)]
+    on_prose = [e for e in scored if e.start > len(ids) + 800]
+    lost = sum(e.adapted_nll - (e.base_nll or 0.0) for e in on_prose) / sum(e.tokens for e in on_prose)
+    assert change < -0.2
+    assert lost < 0.03, "nats per token"
+    assert any(isinstance(e, RolledBack) for e in events), "harmless, so this proves nothing"
 
 
 def test_nan_gradients_drop_the_update_and_the_text_goes_on() -> None:

@@ -13,6 +13,7 @@ from templora.cli import app
 from templora.errors import OutputError
 from templora.testing import ByteTokenizer, tiny_llama
 
+pytestmark = pytest.mark.slow
 NAMES = [("苏绵", "Su Mian"), ("魏峰", "Wei Feng")]
 
 

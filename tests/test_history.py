@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -18,6 +19,7 @@ from templora.errors import NoSuchMoment
 from templora.testing import ByteTokenizer
 from tests.sessions import BASE, SIZES, base, state
 
+pytestmark = pytest.mark.slow
 TOKENIZER = ByteTokenizer()
 CHUNK = SIZES["chunk"]
 

@@ -15,6 +15,7 @@ from templora.cli import app
 from templora.formats import book
 from templora.testing import ByteTokenizer, tiny_llama
 
+pytestmark = pytest.mark.slow
 PROMPT = "The lighthouse keeper climbed the stairs."
 SIZES = ["--window", "40", "--chunk", "16", "--context", "40"]
 

@@ -8,7 +8,8 @@ Four ways to go wrong, four rules:
 3. The model's own text is learned only while the adapter stays close to the base; past that the adapter is
    pulled back. Own tokens are drawn from the adapter, so base NLL minus adapted NLL on them estimates
    KL(adapter || base).
-4. An adapter that does worse than the base on text it had not learned goes back to its last good version.
+4. An adapter that does worse than the base on text it had not learned goes back to its last good version, or
+   to the base where that is better by now.
 """
 
 from collections import deque

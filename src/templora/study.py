@@ -75,7 +75,7 @@ class Study:
         if not learns:
             return events
         if guarded:
-            if (back := self._go_back(span, adapted, base)) is not None:
+            if (back := self._go_back(ids, span, adapted, base)) is not None:
                 return [*events, back]
             per_token = (adapted / span.tokens, None if base is None else base / span.tokens)
             recent = ids[max(0, span.stop - max(span.tokens, LOOK_BACK)) : span.stop]
@@ -138,13 +138,21 @@ class Study:
         learned = [seen] + ([self._last] if self._last else [])
         return all(self.passes.again(s.ids, s.tokens) <= s.nll + SLACK * s.tokens for s in learned)
 
-    def _go_back(self, span: Span, adapted: float, base: float | None) -> RolledBack | None:
-        """Restore the last good version if the adapter does harm; remember this one if it does well."""
+    def _go_back(
+        self, ids: Sequence[int], span: Span, adapted: float, base: float | None
+    ) -> RolledBack | None:
+        """Restore the last good version if the adapter does harm; remember this one if it does well.
+
+        Where even that one is no better than the base, the text has become another one: back to the base.
+        """
         if base is None or self.adapter.version == 0:
             return None
         if self.guard.must_go_back(adapted, base):
             self.learner.restart()
             self.adapter.restore(self._good.weights, self._good.version)
+            if self.passes.again(ids[span.visible : span.stop], span.tokens) >= base:
+                self.adapter.shrink(0.0)
+                self._good = _Good(self.adapter.snapshot(), self.adapter.version)
             self._last = None
             return RolledBack(span.chunk, self.adapter.version, self.guard.rate)
         if self.guard.is_good and self.adapter.version != self._good.version:
