@@ -46,6 +46,8 @@ def write_and_tell(folder: Path, tells: Connection, deadly_call: int | None) -> 
         tokens += isinstance(event, Token)
         chunks += isinstance(event, ChunkLearned)
         tells.send((tokens, chunks))
+    if deadly_call is None:
+        signal.pause()  # the kill is on its way, however fast this machine is
     made.close()
 
 
