@@ -67,6 +67,19 @@ def test_without_gradients_the_values_are_the_same_bits(tokens: int) -> None:
     assert torch.equal(linear_nll(hidden.detach(), head, labels), without)
 
 
+@pytest.mark.parametrize("tokens", LENGTHS)
+def test_a_head_that_learns_gets_its_gradient(tokens: int) -> None:
+    hidden, head, labels = case(tokens)
+    head.requires_grad_()
+    weights = torch.rand(tokens)
+    slopes = [
+        torch.autograd.grad((nll * weights).sum(), (hidden, *head.parameters()))
+        for nll in (linear_nll(hidden, head, labels), plain(hidden, head, labels))
+    ]
+    for ours, theirs in zip(*slopes, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+
+
 def test_gradients_flow_on_to_what_made_the_hidden_states() -> None:
     hidden, head, labels = case(PIECE + 3)
     slopes: list[Tensor] = []

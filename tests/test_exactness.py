@@ -77,7 +77,7 @@ def test_the_token_just_outside_the_window_changes_no_logit_and_the_one_just_ins
     ids = [(7 * i) % 250 for i in range(length)]
 
     def logits(changed: int | None) -> torch.Tensor:
-        decoder = Decoder(base, session.adapter, session.plan, reuse=False)
+        decoder = Decoder(base, session.adapter, session.plan, "recompute")
         return decoder.logits([249 if i == changed else t for i, t in enumerate(ids)], span)
 
     if span.visible > 0:
@@ -107,6 +107,26 @@ def test_under_reuse_old_keys_are_used_until_positions_run_out() -> None:
     origins = [session.decoder.cache.origin for _ in scored]
     assert len(set(origins)) < len(origins) / 4, "the window was recomputed at each chunk"
     assert len(set(origins)) > 2, "positions never started again"
+
+
+def test_where_the_base_encodes_every_key_before_the_chunk_is_its_own() -> None:
+    session = session_after_learning(24, 8, cache="base", learning_rate=0.02)
+    bare, chunks = Decoder(BASE, None, session.plan, "base"), 0
+    session.extend([(7 * i) % 250 for i in range(30)], "")
+    for event in session.write(80, score_base=False):
+        span = session.plan.span(session.chunk)
+        if event.kind != "token" or session.decoder.chunk != span.chunk:
+            continue
+        while chunks <= span.chunk:
+            theirs, _ = bare.prefix(session.ids, session.plan.span(chunks), 24)
+            chunks += 1
+        assert session.decoder.cache.origin == bare.cache.origin
+        ours = session.decoder.cache.prefix(session.decoder.cache.first, span.start - 1)
+        for own, other in zip(ours.layers, theirs.layers, strict=True):  # pyright: ignore[reportPossiblyUnbound]
+            assert torch.allclose(own.keys, other.keys, atol=1e-5)  # pyright: ignore[reportArgumentType]
+            assert torch.allclose(own.values, other.values, atol=1e-5)  # pyright: ignore[reportArgumentType]
+    assert chunks > 12
+    assert session.adapter.version > 10
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

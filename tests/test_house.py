@@ -10,8 +10,8 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "templora"
 FLOORS = {
     0: "errors events recipe window metrics",
-    1: "base loading probe cross_entropy cache adapter passes template learner guard study decoder "
-    "detokenizer sampling memory sizes",
+    1: "base loading probe cross_entropy cache injection lora_linear adapter passes template learner guard "
+    "study decoder detokenizer sampling memory sizes",
     2: "session durable replay snapshot store shelf header history journal versions lock migrations",
     3: "tasks formats hook",
     4: "report bench",
@@ -78,8 +78,8 @@ def complaints(source: Path) -> list[str]:
             above = other is not None and FLOOR_OF.get(other, BESIDE.get(other, 0)) > floor
             if above and (own, other) not in DOORS and imported not in type_only(path):
                 found.append(f"{name} imports {imported}, which is above it")
-            if root == "peft" and own != "adapter":
-                found.append(f"{name} imports peft; only adapter may")
+            if root == "peft" and own != "injection":
+                found.append(f"{name} imports peft; only injection may")
             if root in HEAVY and floor == 0:
                 found.append(f"{name} imports {root}; the ground floor is light")
     return found + circles(source)
@@ -126,7 +126,7 @@ def test_every_import_runs_down() -> None:
         ("window.py", "from templora.session import Session", "above it"),
         ("window.py", "def f():\n    import templora.session", "above it"),
         ("window.py", "import torch", "light"),
-        ("learner.py", "from peft import LoraConfig", "only adapter"),
+        ("learner.py", "from peft import LoraConfig", "only injection"),
         ("helpers.py", "", "no floor"),
         ("cache.py", "from templora.decoder import Decoder", "circle"),
     ],

@@ -37,6 +37,7 @@ KINDS = pytest.mark.parametrize(
     [
         {},
         {"cache": "reuse"},
+        {"cache": "base"},
         {"context_from": "recompute"},
         {"dropout": 0.1, "epochs": 2},
         {"context": 20},
@@ -240,7 +241,8 @@ def test_a_session_after_another_finds_a_fresh_base() -> None:
 
 @settings(max_examples=12)
 @given(
-    stops=st.lists(st.integers(1, 30), min_size=1, max_size=3), kind=st.sampled_from(["reuse", "recompute"])
+    stops=st.lists(st.integers(1, 30), min_size=1, max_size=3),
+    kind=st.sampled_from(["reuse", "recompute", "base"]),
 )
 def test_the_loop_may_be_left_at_any_event_and_taken_up_again(stops: list[int], kind: str) -> None:
     left = session(cache=kind)

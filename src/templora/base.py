@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
@@ -52,6 +52,11 @@ class Base:
     def device(self) -> torch.device:
         """Where its weights are."""
         return self.model.device
+
+    @property
+    def head(self) -> nn.Module:
+        """The output layer that stands in the model now."""
+        return self.model.get_output_embeddings()  # pyright: ignore[reportReturnType]
 
     def session(
         self,
@@ -131,7 +136,7 @@ class Base:
         """
         with torch.no_grad():
             if self._probe.plain_head:
-                return self._probe.head(self._hidden(ids, position, cache)[-1:])[0]
+                return self.head(self._hidden(ids, position, cache)[-1:])[0]
             return self._logits(ids, position, cache, keep=1)[0]
 
     def nll(
@@ -151,7 +156,7 @@ class Base:
         target = torch.tensor(labels, device=self.device)
         if self._probe.plain_head:
             hidden = self._hidden(ids, position, cache)[-len(labels) :]
-            return linear_nll(hidden, self._probe.head, target)
+            return linear_nll(hidden, self.head, target)
         return logits_nll(self._logits(ids, position, cache, keep=len(labels)), target)
 
     def fingerprint(self) -> str:

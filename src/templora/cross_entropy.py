@@ -1,6 +1,6 @@
 """Next-token NLL from hidden states without ever holding all logits.
 
-Same values and gradients as a linear head followed by cross-entropy in fp32; a frozen head is assumed.
+Same values and gradients as a linear head followed by cross-entropy in fp32.
 `torch.nn.functional.linear_cross_entropy` offers this for a mean, and only in the newest torch; here
 the NLL of each token is needed.
 """
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 PIECE = 256  # tokens: at a vocabulary of 128K, 134 MB of fp32 logits
 
@@ -19,16 +20,24 @@ def linear_nll(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
 
     Args:
         hidden: [tokens, width], what the head is given.
-        head: maps [tokens, width] to [tokens, vocab]; its weights get no gradient.
+        head: maps [tokens, width] to [tokens, vocab].
         labels: [tokens].
 
     Returns:
         [tokens]
     """
-    if torch.is_grad_enabled() and hidden.requires_grad:
+    learns = any(weight.requires_grad for weight in head.parameters())
+    if torch.is_grad_enabled() and hidden.requires_grad and not learns:
         return _LinearNLL.apply(hidden, head, labels)  # pyright: ignore[reportReturnType]
-    pieces = zip(hidden.split(PIECE), labels.split(PIECE), strict=True)
-    return torch.cat([cross_entropy(head(h).float(), y, reduction="none") for h, y in pieces])
+
+    def nll(states: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(head(states).float(), target, reduction="none")
+
+    pieces = list(zip(hidden.split(PIECE), labels.split(PIECE), strict=True))
+    if torch.is_grad_enabled() and len(pieces) > 1:
+        # A head that learns needs all logits for its own gradient: of one piece at a time, made again.
+        return torch.cat([checkpoint(nll, h, y, use_reentrant=False) for h, y in pieces])  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return torch.cat([nll(h, y) for h, y in pieces])
 
 
 def logits_nll(logits: Tensor, labels: Tensor) -> Tensor:
@@ -38,7 +47,8 @@ def logits_nll(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class _LinearNLL(torch.autograd.Function):
-    """A token's NLL depends on its own hidden state alone, so its gradient is made on the way forward."""
+    """Under a frozen head. A token's NLL depends on its own hidden state alone, so its gradient is made on
+    the way forward."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:

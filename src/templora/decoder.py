@@ -1,8 +1,9 @@
 """The visible window as the model sees it: what is cached, what must be run, under which adapter.
 
-Python ints in and out; it knows nothing of text. Before each chunk the window is made exact:
-recomputed (every visible token runs again under the newest adapter), or reused (old keys stay until
-positions run out, but nothing older than the window is visible).
+Python ints in and out; it knows nothing of text. Before each chunk the keys of the window are made what the
+recipe wants: recomputed (every visible token runs again under the newest adapter), reused (old keys stay
+until positions run out, but nothing older than the window is visible), or the base's own (the finished chunk
+runs again under the bare base, so that no key is ever stale).
 """
 
 from collections.abc import Sequence
@@ -15,16 +16,19 @@ from transformers.cache_utils import Cache
 from templora.adapter import Adapter
 from templora.base import Base
 from templora.cache import WindowCache
+from templora.recipe import Keys
 from templora.window import Plan, Span
 
 
 class Decoder:
-    """The window of one text. adapter None: the bare base. reuse: keep keys of older adapter versions."""
+    """The window of one text. adapter None: the bare base. keys: of earlier chunks, as `Recipe.cache`."""
 
-    def __init__(self, base: Base, adapter: Adapter | None, plan: Plan, *, reuse: bool) -> None:
-        self.base, self.adapter, self.plan, self.reuse = base, adapter, plan, reuse
+    def __init__(self, base: Base, adapter: Adapter | None, plan: Plan, keys: Keys) -> None:
+        self.base, self.adapter, self.plan = base, adapter, plan
+        self.stays = keys != "recompute"
+        self.base_encodes = keys == "base" and adapter is not None
         capacity = plan.window + plan.chunk
-        if reuse:  # room to grow before positions start again from 0
+        if self.stays:  # room to grow before positions start again from 0
             capacity = max(capacity, plan.positions or 2 * capacity)
         self.cache = WindowCache(capacity)
         self.chunk: int | None = None  # whose window is cached
@@ -47,9 +51,9 @@ class Decoder:
 
         Exactly the tokens from `span.visible` on are seen. Only what is not yet cached runs.
         """
-        self._enter(span)
+        self._enter(ids, span)
         self.cache.crop(len(ids) - 1)  # the last token must run for its logits
-        return self._run(ids, len(ids))
+        return self._run(ids, len(ids), self.adapter)
 
     def prefix(self, ids: Sequence[int], span: Span, context: int) -> tuple[Cache, int]:
         """The `context` tokens before the chunk as a frozen cache, and the next position.
@@ -57,32 +61,38 @@ class Decoder:
         The chunk's pass begins with the last token before it, whose output predicts its first; so the
         prefix ends one token earlier.
         """
-        self._enter(span)
+        self._enter(ids, span)
         stop = span.start - 1
         if self.cache.stop < stop:
-            self._run(ids, stop)
+            self._run(ids, stop, self.adapter)
         first = max(self.cache.first, span.start - context)
         return self.cache.prefix(min(first, stop), stop), stop - self.cache.origin
 
     def keep(self, prefix: Cache, span: Span) -> None:
         """Cache the keys that a pass over `prefix` made for the chunk, if they will be reused."""
-        if self.reuse and self.cache.stop == span.start - 1:
+        if self.stays and not self.base_encodes and self.cache.stop == span.start - 1:
             self.cache.extend(prefix)
 
-    def _enter(self, span: Span) -> None:
+    def _enter(self, ids: Sequence[int], span: Span) -> None:
         if self.chunk == span.chunk:
             return
         fits = span.stop - self.cache.origin <= self.cache.capacity
         continues = self.cache.first <= span.visible and self.cache.stop > span.visible
-        if self.reuse and self.chunk is not None and fits and continues:
+        if self.stays and self.chunk is not None and fits and continues:
             self.cache.forget_before(span.visible)
+            if self.base_encodes:  # what the adapter's own chunk left behind goes
+                self.cache.crop(self.plan.span(self.chunk).start - 1)
         else:
             self.cache.restart(span.visible)
+        if self.base_encodes and self.cache.stop < span.start - 1:
+            assert self.adapter is not None
+            with self.adapter.detached():
+                self._run(ids, span.start - 1, None)
         self.chunk = span.chunk
 
-    def _run(self, ids: Sequence[int], stop: int) -> Tensor:
+    def _run(self, ids: Sequence[int], stop: int, adapter: Adapter | None) -> Tensor:
         cache = self.cache
-        with self.adapter.decoding() if self.adapter else nullcontext():
+        with adapter.decoding() if adapter else nullcontext():
             logits = self.base.last_logits(ids[cache.stop : stop], cache.stop - cache.origin, cache)
-        cache.version = self.adapter.version if self.adapter else 0
+        cache.version = adapter.version if adapter else 0
         return logits

@@ -29,7 +29,7 @@ OWN_DRIFT = 0.2  # nats per token that own text may move the adapter from the ba
 LARGEST_LOSS = 30.0  # nats, added up over chunks, that the adapter may lose against the base
 RECOVERY = 1.05  # a learning rate that was lowered comes back by this factor at each chunk that gains
 SHADOW_EVERY = 8  # chunks between two looks at the base where nobody else asks for its score
-CHECK_FIRST, CHECK_EVERY = 8, 8  # updates that are checked: the first ones, then every so many
+CHECK_FIRST, CHECK_EVERY = 8, 16  # updates that are checked: the first ones, then every so many
 
 
 @dataclass(slots=True)

@@ -20,11 +20,10 @@ class Passes:
     """Forward passes over the chunks of one text."""
 
     def __init__(self, base: Base, adapter: Adapter, plan: Plan, recipe: Recipe) -> None:
-        reuse = recipe.cache == "reuse"
         self.base, self.adapter, self.window = base, adapter, plan.window
-        self.decoder = Decoder(base, adapter, plan, reuse=reuse)
+        self.decoder = Decoder(base, adapter, plan, recipe.cache)
         # The base is measured as the adapter is: the same window, kept in the same way.
-        self._bare = Decoder(base, None, plan, reuse=reuse)
+        self._bare = Decoder(base, None, plan, recipe.cache)
         self._recompute = recipe.context_from == "recompute"
 
     def nll(self, ids: Sequence[int], span: Span, context: int) -> Tensor:

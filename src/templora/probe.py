@@ -21,7 +21,6 @@ class Probe:
     """plain_head: logits are exactly head(hidden states), so they can be made a piece at a time."""
 
     backbone: nn.Module
-    head: nn.Module
     plain_head: bool
 
 
@@ -40,7 +39,7 @@ def probe(model: PreTrainedModel) -> Probe:
     if getattr(model, "_is_stateful", False):
         raise UnsupportedModel(f"{kind} keeps a recurrent state, not keys and values; choose a transformer")
     with torch.no_grad():
-        return Probe(model.base_model, head, _try(model, head, kind))
+        return Probe(model.base_model, _try(model, head, kind))
 
 
 def _try(model: PreTrainedModel, head: nn.Module, kind: str) -> bool:

@@ -18,6 +18,7 @@ from templora.errors import InvalidRecipe
 SIZES = frozenset({"window", "chunk", "context"})
 # vLLM refuses LoRA ranks outside this list, and what we save is meant to be served there.
 Rank = Literal[8, 16, 32, 64, 128, 256]
+Keys = Literal["recompute", "reuse", "base"]
 Tokens = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -46,6 +47,8 @@ class Recipe(BaseModel):
     first_block: Fraction = Field(
         description="the adapter starts at this share of the base's blocks: 0 all, 0.5 the upper half"
     )
+    # Sessions of old have no such key: there it did not.
+    head: bool = Field(False, description="the output layer learns as well")
     learning_rate: NonNegative = Field(description="AdamW's rate for A; 0 switches learning off")
     b_rate: Positive = Field(description="B's rate as a multiple of A's (LoRA+)")
     beta1: Fraction
@@ -58,8 +61,9 @@ class Recipe(BaseModel):
     context_from: Literal["cache", "recompute"] = Field(
         description="cache: no gradient through the context; recompute: as the paper does"
     )
-    cache: Literal["recompute", "reuse"] = Field(
-        description="keys and values after an update: recompute them, or reuse the old adapter's"
+    cache: Keys = Field(
+        description="keys and values of earlier chunks: recompute them after an update, reuse what older "
+        "adapters made, or take the base's own, which are never stale"
     )
     guard: bool = Field(description="watch each update; skip what harms, roll back what did")
     # Sizes the user named: never shrunk to fit a base. Not a hyper-parameter, so not in the YAML.

@@ -22,7 +22,7 @@ def write(folder: Path, study: Study, chunk: int) -> None:
     if torch.equal(state["weights"], state["good"][0]):
         state["good"] = (None, state["good"][1])
     del state["weights"]  # PEFT's file holds them
-    _leave_out_old_keys(state["passes"], None if study.recipe.cache == "reuse" else chunk)
+    _leave_out_old_keys(state["passes"], chunk if study.recipe.cache == "recompute" else None)
     buffer = io.BytesIO()
     torch.save(state, buffer)
     with (folder / STATE).open("wb") as file:

@@ -1,0 +1,52 @@
+"""The fused layer against PEFT's, and its gradients against finite differences."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+
+from templora.lora_linear import LoraLinear
+
+
+def layers(bias: bool, dtype: torch.dtype) -> tuple[LoraLinear, Linear]:
+    torch.manual_seed(0)
+    frozen = nn.Linear(6, 5, bias=bias, dtype=dtype).requires_grad_(False)
+    config = LoraConfig(r=3, lora_alpha=2)
+    theirs = Linear(frozen, "a", config=config, r=3, lora_alpha=2).to(dtype)
+    nn.init.normal_(theirs.lora_B["a"].weight)
+    a, b = (nn.Parameter(part["a"].weight.detach().clone()) for part in (theirs.lora_A, theirs.lora_B))
+    return LoraLinear(frozen, a, b, theirs.scaling["a"]), theirs
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 3, 6)])
+def test_values_and_gradients_are_those_of_peft(bias: bool, shape: tuple[int, ...]) -> None:
+    ours, theirs = layers(bias, torch.float32)
+    x = torch.randn(shape)
+    slopes: list[list[Tensor]] = []
+    values: list[Tensor] = []
+    for layer, a, b in (
+        (ours, ours.a, ours.b),
+        (theirs, theirs.lora_A["a"].weight, theirs.lora_B["a"].weight),
+    ):
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        values.append(y.detach())
+        slopes.append(list(torch.autograd.grad(y.sin().sum(), (leaf, a, b))))
+    assert torch.allclose(*values, atol=1e-6)
+    for mine, other in zip(*slopes, strict=True):
+        assert torch.allclose(mine, other, atol=1e-6)
+    frozen = [p for p in ours.parameters() if not p.requires_grad]
+    assert len(frozen) == 1 + bias
+    assert all(p.grad is None for p in frozen)
+
+
+def test_gradients_hold_against_finite_differences() -> None:
+    ours, _ = layers(True, torch.float64)
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+
+    def computed(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return torch.func.functional_call(ours, {"a": a, "b": b}, (x,))
+
+    assert torch.autograd.gradcheck(computed, (x, ours.a, ours.b))
