@@ -155,9 +155,9 @@ def test_a_fork_goes_its_own_way_and_shares_what_does_not_change(tmp_path: Path)
     weights = [next((s.dir / "versions").glob("v*/state.pt")) for s in (made, other)]
     assert weights[0].samefile(weights[1])
     other.reseed(99)
-    written(other, 20)
-    assert other.text != written(made, 20).text
-    assert state(written(made, 20)) == state(written(in_memory(), 90))
+    written(other, 20, temperature=1.5)
+    assert other.text != written(made.fork(tmp_path / "g"), 20, temperature=1.5).text
+    assert state(written(made, 40)) == state(written(in_memory(), 90))
     with pytest.raises(NotASession, match="holds a session already"):
         made.fork(tmp_path / "f")
 

@@ -81,11 +81,11 @@ def config_of(model: PreTrainedModel, recipe: Recipe) -> LoraConfig:
     )
 
 
-def inject(model: PreTrainedModel, config: LoraConfig, seed: int, *, head: bool) -> list[Site]:
+def inject(model: PreTrainedModel, config: LoraConfig, seed: int, *, head: float) -> list[Site]:
     """Let PEFT wrap the target layers, then take its layers out and leave the model as it was.
 
     Args:
-        head: wrap the output layer as well, where it is a linear one.
+        head: wrap the output layer as well, where it is a linear one, with that share of alpha; 0: do not.
 
     Raises:
         UnsupportedModel: it has no layers that can carry LoRA.
@@ -98,7 +98,7 @@ def inject(model: PreTrainedModel, config: LoraConfig, seed: int, *, head: bool)
         try:
             _leave_out_experts(config, model)
             if head:
-                _include_head(config, model)
+                _include_head(config, model, head)
             with warnings.catch_warnings():
                 # An output layer that shares its weight with the input layer: neither weight is ever changed.
                 warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
@@ -168,7 +168,7 @@ def _leave_out_experts(config: LoraConfig, model: PreTrainedModel) -> None:
     config.rank_pattern, config.alpha_pattern = {}, {}
 
 
-def _include_head(config: LoraConfig, model: PreTrainedModel) -> None:
+def _include_head(config: LoraConfig, model: PreTrainedModel, share: float) -> None:
     """Add the output layer to the targets; PEFT's "all-linear" leaves it out."""
     head = model.get_output_embeddings()
     name = next((name for name, module in model.named_modules() if module is head), None)
@@ -180,6 +180,7 @@ def _include_head(config: LoraConfig, model: PreTrainedModel) -> None:
         config.target_modules = rf"({targets})|{re.escape(name)}"
     else:
         config.target_modules = sorted({*(targets or ()), name})
+    config.alpha_pattern = {re.escape(name): config.lora_alpha * share}
 
 
 def _take_out(model: PreTrainedModel, originals: dict[str, nn.Module]) -> list[Site]:

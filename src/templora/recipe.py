@@ -48,7 +48,9 @@ class Recipe(BaseModel):
         description="the adapter starts at this share of the base's blocks: 0 all, 0.5 the upper half"
     )
     # Sessions of old have no such key: there it did not.
-    head: bool = Field(False, description="the output layer learns as well")
+    head: NonNegative = Field(
+        0.0, description="the output layer learns as well, with this share of alpha; 0: it does not"
+    )
     learning_rate: NonNegative = Field(description="AdamW's rate for A; 0 switches learning off")
     b_rate: Positive = Field(description="B's rate as a multiple of A's (LoRA+)")
     beta1: Fraction
