@@ -2,9 +2,12 @@
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
+import resource
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -47,6 +50,22 @@ def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, 
     return seconds
 
 
+def in_child(function: Callable[..., Any], *args: Any) -> Any:
+    """Its result, from a process of its own, so that its peak memory is its own."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_one_thread_each) as pool:
+        return pool.submit(function, *args).result()
+
+
+def _one_thread_each() -> None:
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def peak_mb() -> float:
+    """The largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def ratio(above: Sequence[float], below: Sequence[float]) -> Spread:
     """Of the two sides of each round."""
     return Spread.of([a / b for a, b in zip(above, below, strict=True)])
@@ -78,6 +97,7 @@ def parser(about: str, rounds: int = 5) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=about)
     made.add_argument("--rounds", type=int, default=rounds, help="alternations")
     made.add_argument("--threads", type=int, default=1, help="of torch; more of them wait for each other")
+    made.add_argument("--toy", action="store_true", help="at toy size: only to see that it works")
     made.add_argument("--out", type=Path, default=OUT, help="a folder for the JSON file and the table")
     return made
 

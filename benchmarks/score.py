@@ -1,0 +1,86 @@
+"""Scoring and learning a text against the plain loop, at the authors' settings, and whether both get its NLL.
+
+`exact` is recipe `paper` without dropout: the same gradients, also through the context. `cached` takes the
+context's keys from the cache, which leaves that gradient out.
+"""
+
+import time
+from typing import Any
+
+from benchmarks import shapes
+from benchmarks.learn import start_of
+from benchmarks.measure import Spread, in_child, parser, ratio, save
+from benchmarks.plain import PlainLoop
+from templora.events import ChunkScored
+
+SIDES: dict[str, dict[str, Any]] = {
+    "exact": {"dropout": 0.0},
+    "cached": {"dropout": 0.0, "context_from": "cache", "cache": "reuse"},
+}
+
+
+def ours(shape: str, tokens: int, window: int, chunk: int, changes: dict[str, Any]) -> tuple[float, float]:
+    """Seconds, and mean NLL in nats."""
+    session = shapes.base(shape).session(
+        "paper", seed=1, window=window, context=window, chunk=chunk, **changes
+    )
+    session.extend(shapes.ids(shape, 1 + tokens), "")
+    started, nll = time.perf_counter(), 0.0
+    for event in session.learning():
+        nll += event.adapted_nll if isinstance(event, ChunkScored) else 0.0
+    return time.perf_counter() - started, nll / tokens
+
+
+def plain(shape: str, tokens: int, window: int, chunk: int, start: Any) -> tuple[float, float]:
+    """The same, of the plain loop."""
+    loop, ids = PlainLoop(shapes.build(shape), start), shapes.ids(shape, 1 + tokens)
+    started = time.perf_counter()
+    nll = loop.score(ids, window, chunk)
+    return time.perf_counter() - started, nll
+
+
+def measure(shape: str, tokens: int, window: int, chunk: int, rounds: int) -> dict[str, Any]:
+    """All of one shape and size."""
+    start = start_of(shape)
+    seconds: dict[str, list[float]] = {"plain": [], **{side: [] for side in SIDES}}
+    nll: dict[str, float] = {}
+    for _ in range(rounds):
+        for side, made in seconds.items():
+            if side == "plain":
+                taken, nll[side] = in_child(plain, shape, tokens, window, chunk, start)
+            else:
+                taken, nll[side] = in_child(ours, shape, tokens, window, chunk, SIDES[side])
+            made.append(taken)
+    apart = {side: nll[side] / nll["plain"] - 1 for side in SIDES}
+    assert abs(apart["exact"]) < 1e-4, f"NLLs must be the same, but are {apart['exact']:+.2%} apart"
+    assert abs(apart["cached"]) < 1e-3, f"NLLs must be within 0.1 %, but are {apart['cached']:+.2%} apart"
+    faster = {side: ratio(seconds["plain"], seconds[side]) for side in SIDES}
+    sizes = {"shape": shape, "tokens": tokens, "window": window, "chunk": chunk}
+    return {**sizes, "seconds": seconds, "nll": nll, "apart": apart, "faster": faster}
+
+
+def main() -> None:
+    """Measure and save."""
+    arguments = parser(__doc__ or "")
+    arguments.add_argument("--tokens", type=int, default=4096)
+    wishes = arguments.parse_args()
+    cases = [("novelist", 256, 256), ("novelist", 1024, 256)]
+    tokens = wishes.tokens
+    if wishes.toy:
+        cases, tokens = [("toy", 16, 16)], 64
+    results = [measure(name, tokens, window, chunk, wishes.rounds) for name, window, chunk in cases]
+    rows = [
+        f"| {r['shape']} | {r['window']} | {r['chunk']} | {Spread.of(r['seconds']['plain']).text(' s')} "
+        f"| {r['faster']['exact'].text(' ×')} | {100 * r['apart']['exact']:+.4f} % "
+        f"| **{r['faster']['cached'].text(' ×')}** | {100 * r['apart']['cached']:+.4f} % |"
+        for r in results
+    ]
+    head = (
+        "| base | window | chunk | plain loop | `exact` is faster | its NLL | `cached` is faster | its NLL |"
+    )
+    page = "\n".join([head, "|---|--:|--:|--:|--:|--:|--:|--:|", *rows])
+    save(wishes.out, "score", {"results": results}, page)
+
+
+if __name__ == "__main__":
+    main()

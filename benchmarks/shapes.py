@@ -1,0 +1,55 @@
+"""The models that are measured: the embedded base, and random Llamas of common shapes.
+
+Time and memory do not depend on the weights; what both sides compute is compared all the same.
+"""
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import templora
+from templora.testing import tiny_llama
+
+# hidden, intermediate, blocks, heads, key/value heads, vocabulary; the last is SmolLM2-135M's shape.
+SHAPES = {
+    "30m": (384, 1024, 10, 6, 6, 32_000),
+    "135m": (576, 1536, 30, 9, 3, 49_152),
+}
+NAMES = ("novelist", *SHAPES)
+TOY = ("toy",)
+
+
+def build(name: str, positions: int = 4096) -> PreTrainedModel:
+    """A model by name, in fp32; the same weights each time."""
+    if name == "novelist":
+        return templora.load(name).model
+    if name == "toy":
+        return tiny_llama(0, max_position_embeddings=positions)
+    hidden, intermediate, blocks, heads, kv_heads, vocabulary = SHAPES[name]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=positions,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def base(name: str, positions: int = 4096) -> templora.Base:
+    """The same, as the package sees it; without a tokenizer, so that nothing is put before a text."""
+    return templora.load(model=build(name, positions))
+
+
+def ids(name: str, tokens: int) -> list[int]:
+    """Token ids that repeat often enough for there to be something to learn; the same each time."""
+    vocabulary = min(build(name).config.vocab_size, 2000)
+    ranks = torch.arange(1, vocabulary, dtype=torch.float)
+    draw = torch.Generator().manual_seed(1)
+    chosen = torch.multinomial(1 / ranks, tokens, replacement=True, generator=draw)
+    return (chosen + 1).tolist()
