@@ -20,11 +20,9 @@ SIDES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def ours(
-    shape: str, given: int, tokens: int, window: int, changes: tuple[str, Any]
-) -> tuple[float, Any, float]:
+def ours(shape: str, given: int, tokens: int, window: int, side: str) -> tuple[float, Any, float]:
     """Seconds of writing, the tokens, peak memory in MB."""
-    recipe, keys = changes
+    recipe, keys = SIDES[side]
     session = shapes.base(shape).session(recipe, seed=1, window=window, context=window, **keys)
     session.extend(shapes.ids(shape, 1 + given), "")
     for _ in session.learning():
@@ -53,7 +51,7 @@ def measure(shape: str, given: int, tokens: int, window: int, rounds: int) -> di
     peaks: dict[str, float] = {}
     for _ in range(rounds):
         for side, made in seconds.items():
-            run, how = (plain, start) if side == "plain" else (ours, SIDES[side])
+            run, how = (plain, start) if side == "plain" else (ours, side)
             taken, texts[side], peaks[side] = in_child(run, shape, given, tokens, window, how)
             made.append(taken)
     pairs = list(zip(texts["exact"], texts["plain"], strict=True))

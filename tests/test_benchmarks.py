@@ -18,7 +18,6 @@ def test_it_runs_and_both_sides_compute_the_same(name: str, tmp_path: Path) -> N
     subprocess.run(line, cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     results = json.loads((tmp_path / f"{name}.json").read_text("utf-8"))
     assert results["machine"]["torch"]
-    assert all(
-        seconds > 0 for run in results["results"] for side in run["seconds"].values() for seconds in side
-    )
+    for run in results["results"]:
+        assert all(min(seconds) > 0 for seconds in run["seconds"].values())
     assert (tmp_path / f"{name}.md").read_text("utf-8").startswith("| base |")
