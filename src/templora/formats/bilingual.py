@@ -163,7 +163,8 @@ def _from_toolkit(path: Path) -> Document:
 def _with_toolkit(path: Path, suffix: str, document: Document, original: Path) -> None:
     source, target = document.languages
     module, name = TOOLKIT[suffix]
-    if TOOLKIT.get(original.suffix.lower()) == (module, name):
+    begun = TOOLKIT.get(original.suffix.lower()) != (module, name)
+    if not begun:
         store = _store(original, original.suffix.lower())
         units = _units(store)
     else:
@@ -175,7 +176,11 @@ def _with_toolkit(path: Path, suffix: str, document: Document, original: Path) -
             unit.settarget(_printable(segment.target), target or "und")
             if module == "xliff":
                 unit.markreviewneeded()  # no person has approved it
-    path.write_bytes(bytes(store))
+    content = bytes(store)
+    if module == "xliff" and begun:
+        # The toolkit begins files of version 1.1; all of it is in 1.2, which is what tools expect today.
+        content = content.replace(b":document:1.1", b":document:1.2", 1).replace(b'"1.1"', b'"1.2"', 1)
+    path.write_bytes(content)
 
 
 def _unit(store: Any, number: int, segment: Segment) -> Any:

@@ -31,7 +31,7 @@ def read(path: Path) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # notices about ebooklib's own future
             book = epub.read_epub(str(path), {"ignore_ncx": True})
-    except (epub.EpubException, zipfile.BadZipFile, etree.LxmlError, KeyError, ValueError) as error:
+    except (epub.EpubException, zipfile.BadZipFile, etree.LxmlError, LookupError, ValueError) as error:
         raise InvalidText(f"{path} is not an EPUB file ({error}); convert it anew") from error
     pages = [_page(book.get_item_with_id(name), html, etree) for name, _ in book.spine]
     return "\n\n".join(page for page in pages if page) + "\n"

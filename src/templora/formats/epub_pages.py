@@ -123,13 +123,29 @@ def _words(element: Any) -> Iterator[str]:
 
 
 def _replace(element: Any, text: str) -> None:
-    kept = [deepcopy(inner) for inner in element.iterdescendants() if _local(inner) in KEPT]
+    """Other words in it. Its pictures come after them, and whatever was linked to can still be linked to."""
+    element = _around_all_words(element)
+    inside = [inner for inner in element.iterdescendants() if _local(inner)]
+    kept = [deepcopy(inner) for inner in inside if _local(inner) in KEPT]
+    of_kept = {id(e) for inner in inside if _local(inner) in KEPT for e in inner.iter()}
+    marks = [inner.get("id") for inner in inside if inner.get("id") and id(inner) not in of_kept]
     for inner in list(element):
         element.remove(inner)
     element.text = re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]", "", text)
+    for mark in marks:
+        space = element.tag[: -len(_local(element))]
+        element.append(element.makeelement(f"{space}span", {"id": mark}))
     for inner in kept:
         inner.tail = None
         element.append(inner)
+
+
+def _around_all_words(element: Any) -> Any:
+    """The innermost element that holds all its words: the link of an entry in a table of contents, say."""
+    inner = [child for child in element if _local(child) and _text(child)]
+    if len(inner) == 1 and _text(inner[0]) == _text(element) and _local(inner[0]) not in KEPT:
+        return _around_all_words(inner[0])
+    return element
 
 
 def _set_language(root: Any, language: str | None) -> None:
