@@ -9,7 +9,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help write test check clean
+.PHONY: help write test check bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
@@ -25,6 +25,9 @@ check: .venv/.dev ## lint, types and the fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -q -m "not slow and not gpu and not network"
+
+bench: .venv/.dev ## all benchmarks against the plain loop (hours); results in docs/benchmarks
+	for name in learn score write sessions; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 clean: ## remove the environment and caches
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

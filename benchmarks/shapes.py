@@ -3,6 +3,8 @@
 Time and memory do not depend on the weights; what both sides compute is compared all the same.
 """
 
+from pathlib import Path
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -47,7 +49,12 @@ def base(name: str, positions: int = 4096) -> templora.Base:
 
 
 def ids(name: str, tokens: int) -> list[int]:
-    """Token ids that repeat often enough for there to be something to learn; the same each time."""
+    """Token ids: the docs for the embedded base; for a random one ids with the frequencies of words."""
+    if name == "novelist":
+        pages = sorted(Path(__file__).parent.parent.glob("docs/*.md"))
+        found = templora.load(name).encode("".join(page.read_text("utf-8") for page in pages))
+        assert len(found) >= tokens, f"the docs have {len(found)} tokens"
+        return found[:tokens]
     vocabulary = min(build(name).config.vocab_size, 2000)
     ranks = torch.arange(1, vocabulary, dtype=torch.float)
     draw = torch.Generator().manual_seed(1)
