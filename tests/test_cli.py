@@ -185,7 +185,20 @@ def test_a_text_is_read_and_continued_in_its_own_file(tiny: str, tmp_path: Path)
 
 def test_what_is_said_to_go_on_with_goes_on(tiny: str, tmp_path: Path) -> None:
     out = tmp_path / "out.txt"
-    first = templora_write(PROMPT, "--model", tiny, "--tokens", 20, "--out", out, "--seed", 1)
+    wishes = [
+        "--recipe",
+        "paper",
+        "--set",
+        "epochs=1",
+        "--chunk",
+        16,
+        "--top-k",
+        5,
+        "--no-base",
+        "--stop",
+        "a b'c",
+    ]
+    first = templora_write(PROMPT, "--model", tiny, "--tokens", 20, "--out", out, "--seed", 1, *wishes)
     before = out.read_bytes().decode()
     *_, go_on = first.stderr.splitlines()
     program, *args = shlex.split(go_on.removeprefix("go on with: "))
@@ -193,7 +206,8 @@ def test_what_is_said_to_go_on_with_goes_on(tiny: str, tmp_path: Path) -> None:
     second = CliRunner().invoke(app, args)
     assert second.exit_code == 0
     assert out.read_bytes().decode() == before + second.stdout_bytes.decode()
-    assert tiny in args, "another model would go on with another text"
+    again = ["--model", tiny, "--seed", "1", *map(str, wishes)]
+    assert sorted(args[args.index("--tokens") + 2 :]) == sorted(again), "it would go on with another text"
 
 
 def test_several_texts_may_be_read_and_a_prompt_file_given(tiny: str, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A session in a folder, for commands: continued where there is one, begun where there is none."""
 
-from collections.abc import Generator
+import shlex
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,22 @@ def given(context: typer.Context) -> frozenset[str]:
     """Names of the options that the user wrote."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return frozenset(name for name, source in sources.items() if source and source.name == "COMMANDLINE")
+
+
+def repeated(context: typer.Context, names: Collection[str]) -> str:
+    """The options of these names that the user wrote, as they can be typed again, each after a space."""
+    wrote, words = given(context), list[str]()
+    for option in context.command.params:
+        name = option.name or ""
+        if name not in wrote or name not in names:
+            continue
+        value = context.params[name]
+        if isinstance(value, bool):
+            words.append((option.opts if value else option.secondary_opts)[0])
+            continue
+        for one in value if isinstance(value, list) else [value]:  # pyright: ignore[reportUnknownVariableType]
+            words += [option.opts[0], shlex.quote(str(one))]  # pyright: ignore[reportUnknownArgumentType]
+    return "".join(f" {word}" for word in words)
 
 
 def exists(folder: Path) -> bool:

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from templora.commands.inputs import sampling_for, text_of
-from templora.commands.opening import Wanted, begun, closing_session, exists, given, has_read, opened
+from templora.commands.opening import (
+    Wanted,
+    begun,
+    closing_session,
+    exists,
+    given,
+    has_read,
+    opened,
+    repeated,
+)
 from templora.commands.options import Context, Device, Dtype, Model, Pairs, RecipeName, Window
 from templora.commands.running import INTERRUPTED, interruptible, one_line_errors, say
 from templora.errors import InvalidText
@@ -19,6 +28,12 @@ from templora.errors import InvalidText
 if TYPE_CHECKING:
     from templora.events import End, Event
     from templora.session import Session
+
+# Options that a text needs again when it goes on; a session on disk keeps the second kind by itself.
+HOW = frozenset(
+    ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "stop_at_eos", "base"]
+)
+OF_SESSION = frozenset(["model", "recipe", "set_", "window", "chunk", "context", "seed", "dtype", "device"])
 
 HELP = """
 Continue a text, learning it on the way.
@@ -92,14 +107,16 @@ def write(
         }
         append = path is not None and any(path.exists() and path.samefile(r) for r in read or [])
         with closing_session(made):
-            _write(_Job(made, session, opening, texts, tokens, path, append, wishes), json=json, quiet=quiet)
+            again = repeated(context_, HOW if session else HOW | OF_SESSION)
+            job = _Job(made, session, opening, texts, tokens, path, append, wishes, again)
+            _write(job, json=json, quiet=quiet)
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
     """What to write: after which texts, how much, where to, with which wishes for `Session.write`.
 
-    folder: of a session on disk. path: a file for the text.
+    folder: of a session on disk. path: a file for the text. again: options to repeat when going on.
     """
 
     session: "Session"
@@ -110,6 +127,7 @@ class _Job:
     path: Path | None
     append: bool
     wishes: dict[str, Any]
+    again: str
 
     def events(self) -> "Iterator[Event]":
         """Learn what is given, then write."""
@@ -156,13 +174,11 @@ def _closing_lines(job: _Job, end: "End | None") -> None:
     if job.folder is not None:
         folder = shlex.quote(str(job.folder))
         say(f"{state} {folder}")
-        say(f"go on with: templora write --session {folder} --tokens {job.tokens}")
+        say(f"go on with: templora write --session {folder} --tokens {job.tokens}{job.again}")
         return
     path = shlex.quote(str(job.path))
     say(f"{state} {path}")
-    name = job.session.base.name
-    model = "" if name == "novelist" else f" --model {shlex.quote(name)}"
-    say(f"go on with: templora write --read {path} --out {path}{model} --tokens {job.tokens}")
+    say(f"go on with: templora write --read {path} --out {path} --tokens {job.tokens}{job.again}")
 
 
 def _opening(prompt: str | None, prompt_file: Path | None, goes_on: bool) -> str:
