@@ -19,6 +19,7 @@ MANIFEST, ABOUT = "manifest.json", "version.json"
 PARTIAL = ".partial"
 LAST = 8  # versions that are all kept
 SHARE = 0.01  # of the time may go into saving
+FIRST = 0.05  # seconds that the first save is taken to cost: a text of a few seconds needs none but its last
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +152,7 @@ class Pace:
 
     def __init__(self, share: float = SHARE) -> None:
         self.share = share
-        self._ended, self._took = perf_counter(), 0.0
+        self._ended, self._took = perf_counter(), FIRST
 
     @property
     def due(self) -> bool:
