@@ -94,7 +94,7 @@ def opening(base: Base | None, folder: Path) -> Callable[[], None]:
 def main() -> None:
     """Measure and save."""
     arguments = parser(__doc__ or "")
-    arguments.add_argument("--tokens", type=int, default=2048, help="written in each run")
+    arguments.add_argument("--tokens", type=int, default=4096, help="written in each run")
     arguments.add_argument("--long", type=int, default=200_000, help="tokens of the session that is opened")
     wishes = arguments.parse_args()
     torch.set_num_threads(wishes.threads)

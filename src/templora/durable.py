@@ -31,7 +31,7 @@ LEAST = 256  # tokens between two versions, at least
 class DurableSession(Session):
     """A session in a folder. Make one with `Base.session(dir=…)`, continue it with `templora.resume`.
 
-    save_every: chunks between two versions; None: as often as costs no more than 1 % of the time.
+    save_every: chunks between two versions; None: as often as costs no more than half a percent of the time.
     """
 
     def __init__(self, base: Base, store: Store, announced: Sequence[Event] = ()) -> None:

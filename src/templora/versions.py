@@ -18,7 +18,7 @@ from time import perf_counter
 MANIFEST, ABOUT = "manifest.json", "version.json"
 PARTIAL = ".partial"
 LAST = 8  # versions that are all kept
-SHARE = 0.01  # of the time may go into saving
+SHARE = 0.005  # of the time may go into saving
 FIRST = 0.05  # seconds that the first save is taken to cost: a text of a few seconds needs none but its last
 
 
