@@ -149,6 +149,9 @@ class Translator:
         span = Span(number, 0, len(prompt), len(prompt) + len(labels))
         ids, events = prompt + labels, list[Event]()
         study = self.session.study
+        # Keys from drafting were made in other pieces, so they differ in the last bit: with them, a passage
+        # that is learned again without its draft would not give the same adapter.
+        study.passes.forget()
         if record.target.strip():
             with fits_in_memory(self.session.plan):
                 if record.learned:
