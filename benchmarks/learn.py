@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import shapes
-from benchmarks.measure import Spread, in_child, parser, peak_mb, ratio, save
+from benchmarks.measure import Column, Spread, in_child, parser, peak_mb, ratio, save_table
 from benchmarks.plain import PlainLoop
 from templora.events import ChunkLearned, ChunkScored
 
@@ -100,15 +100,17 @@ def main() -> None:
     wishes = arguments.parse_args()
     names, chunk, chunks = (shapes.TOY, 16, 4) if wishes.toy else (wishes.shapes, wishes.chunk, WARM + 1)
     results = [measure(name, chunk, chunks, wishes.rounds) for name in names]
-    rows = [
-        f"| {r['shape']} | {r['chunk']} | {Spread.of(r['seconds']['plain']).text(' s')} "
-        f"| {Spread.of(r['seconds']['ours']).text(' s')} | **{r['faster'].text(' ×')}** "
-        f"| {r['memory'].text(' ×')} | {r['memory_above_model'].text(' ×')} | {r['nll_apart']:.0e} |"
-        for r in results
-    ]
-    head = "| base | chunk | plain step | ours | faster | peak memory | above the model's | NLL apart |"
-    page = "\n".join([head, "|---|--:|--:|--:|--:|--:|--:|--:|", *rows])
-    save(wishes.out, "learn", {"results": results}, page)
+    columns: dict[str, Column] = {
+        "base": lambda r: r["shape"],
+        "chunk": lambda r: str(r["chunk"]),
+        "plain step": lambda r: Spread.of(r["seconds"]["plain"]).text(" s"),
+        "ours": lambda r: Spread.of(r["seconds"]["ours"]).text(" s"),
+        "faster": lambda r: f"**{r['faster'].text(' ×')}**",
+        "peak memory": lambda r: r["memory"].text(" ×"),
+        "above the model's": lambda r: r["memory_above_model"].text(" ×"),
+        "NLL apart": lambda r: f"{r['nll_apart']:.0e}",
+    }
+    save_table(wishes.out, "learn", results, columns)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 
 import templora
+from templora.bench.tables import table
 
+Column = Callable[[Mapping[str, Any]], str]
 OUT = Path(__file__).parent.parent / "docs" / "benchmarks"
 
 
@@ -111,3 +113,11 @@ def save(out: Path, name: str, result: Mapping[str, Any], page: str) -> None:
     line = f"{about['gpu'] or about['cpu']}, {about['threads']} thread(s), torch {about['torch']}"
     (out / f"{name}.md").write_text(f"{page}\n\n*{line}*\n", "utf-8")
     print(page)
+
+
+def save_table(
+    out: Path, name: str, results: Sequence[Mapping[str, Any]], columns: Mapping[str, Column]
+) -> None:
+    """`save`, with a row a result. columns: its name, and its cell of a result."""
+    rows = [[cell(result) for cell in columns.values()] for result in results]
+    save(out, name, {"results": results}, table(list(columns), rows))

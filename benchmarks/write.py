@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks import shapes
 from benchmarks.learn import start_of
-from benchmarks.measure import Spread, in_child, parser, peak_mb, ratio, save
+from benchmarks.measure import Column, Spread, in_child, parser, peak_mb, ratio, save_table
 from benchmarks.plain import PlainLoop
 
 SIDES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -80,18 +80,16 @@ def main() -> None:
     if wishes.toy:
         names, given, tokens, window = shapes.TOY, 256, 256, 64
     results = [measure(name, given, tokens, window, wishes.rounds) for name in names]
-    rows = [
-        f"| {r['shape']} | {r['tokens'] / Spread.of(r['seconds']['plain']).median:.0f} "
-        + "".join(f"| {r['faster'][side].text(' ×')} " for side in ("exact", "cached", "default"))
-        + f"| {r['overhead'].text(' ×')} | {r['same_tokens']} of {r['tokens']} |"
-        for r in results
-    ]
-    head = (
-        "| base | plain loop, tokens/s | `exact` is faster | `cached` | `default` "
-        "| `default` against no adapter: time | tokens alike |"
-    )
-    page = "\n".join([head, "|---|--:|--:|--:|--:|--:|--:|", *rows])
-    save(wishes.out, "write", {"results": results}, page)
+    columns: dict[str, Column] = {
+        "base": lambda r: r["shape"],
+        "plain loop, tokens/s": lambda r: f"{r['tokens'] / Spread.of(r['seconds']['plain']).median:.0f}",
+        "`exact` is faster": lambda r: r["faster"]["exact"].text(" ×"),
+        "`cached`": lambda r: r["faster"]["cached"].text(" ×"),
+        "`default`": lambda r: r["faster"]["default"].text(" ×"),
+        "`default` against no adapter: time": lambda r: r["overhead"].text(" ×"),
+        "tokens alike": lambda r: f"{r['same_tokens']} of {r['tokens']}",
+    }
+    save_table(wishes.out, "write", results, columns)
 
 
 if __name__ == "__main__":
