@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -58,6 +58,7 @@ class PretrainConfig(BaseModel):
     checkpoint_every: int = Field(200, gt=0)
     shard_megabytes: int | None = Field(None, gt=0)
     bf16: bool = True
+    attention: Literal["sdpa", "eager"] = "sdpa"
     compile: bool = False
     seed: int = 0
 

@@ -25,10 +25,11 @@ def build_model(config: PretrainConfig, boundary: int) -> LlamaForCausalLM:
     if config.init_from:
         model = LlamaForCausalLM.from_pretrained(config.init_from, dtype=torch.float32)
         model.config.max_position_embeddings = config.longest
+        model.set_attn_implementation(config.attention)
         return model
     torch.manual_seed(config.seed)
     shape = config.shape
-    return LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=shape.vocabulary,
             hidden_size=shape.hidden,
@@ -43,6 +44,8 @@ def build_model(config: PretrainConfig, boundary: int) -> LlamaForCausalLM:
             pad_token_id=boundary,
         )
     )
+    model.set_attn_implementation(config.attention)
+    return model
 
 
 def token_losses(model: LlamaForCausalLM, batch: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
     python recipes/pretrain/train.py --config recipes/pretrain/novelist.yaml \
         --data ../shared/data --out runs/novelist
 
-Run it again to go on from the last checkpoint. One process, one device; no distributed training.
+Run it again to go on from the last checkpoint. On two CPU cores, two processes are faster than one:
+
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 recipes/pretrain/train.py --config …
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from data import Batches, encode, load_stream, read_documents
 from measure import LossCount, TextLengths, sample_windows
 from model import build_model, export, token_losses
 from optim import Optimizers
+from team import Team
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 from vocabulary import train_tokenizer
@@ -38,6 +41,7 @@ class Run:
     train: np.ndarray
     dev: np.ndarray
     device: torch.device
+    team: Team = Team()
 
     def autocast(self) -> AbstractContextManager:
         """bf16 matrix products where the configuration wants them; weights stay fp32."""
@@ -58,7 +62,7 @@ class Progress:
         return min(1.0, max(self.tokens / config.total_tokens, by_time))
 
 
-def prepare(config: PretrainConfig, data: Path, out: Path) -> Run:
+def prepare(config: PretrainConfig, data: Path, out: Path, team: Team) -> Run:
     """Get tokenizer and token streams, from the run's folder where they are there already."""
     train, dev = data / "novels.train.jsonl.xz", data / "novels.dev.jsonl.xz"
     out.mkdir(parents=True, exist_ok=True)
@@ -71,7 +75,7 @@ def prepare(config: PretrainConfig, data: Path, out: Path) -> Run:
     if not (out / "dev.npy").exists():
         np.save(out / "dev.npy", encode(read_documents(dev), tokenizer))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Run(config, out, tokenizer, stream, np.load(out / "dev.npy"), device)
+    return Run(config, out, tokenizer, stream, np.load(out / "dev.npy"), device, team)
 
 
 @torch.no_grad()
@@ -92,6 +96,8 @@ def save_checkpoint(run: Run, model: LlamaForCausalLM, optimizers: Optimizers, p
 
     A kill half-way leaves the last checkpoint whole.
     """
+    if not run.team.leads:
+        return
     state = {
         "model": model.state_dict(),
         "optimizers": optimizers.state_dict(),
@@ -115,6 +121,8 @@ def load_checkpoint(run: Run, model: LlamaForCausalLM, optimizers: Optimizers) -
 
 def log(run: Run, **values: object) -> None:
     """Print one JSON line and append it to the run's log."""
+    if not run.team.leads:
+        return
     line = json.dumps(values)
     print(line, flush=True)
     with (run.out / "log.jsonl").open("a", encoding="utf-8") as file:
@@ -128,7 +136,7 @@ def train(run: Run, stop_after: int | None = None) -> list[float]:
         run: what to train, and where.
         stop_after: stop early, with a checkpoint, as an interrupted run would.
     """
-    config = run.config
+    config, team = run.config, run.team
     model = build_model(config, run.tokenizer.token_to_id("<|endoftext|>")).to(run.device)
     optimizers = Optimizers(model, config)
     progress = load_checkpoint(run, model, optimizers)
@@ -140,16 +148,17 @@ def train(run: Run, stop_after: int | None = None) -> list[float]:
     clock = time.monotonic()
     while (share := progress.share(config)) < 1 and len(losses) != stop_after:
         window = config.window_at(share)
-        batch = batches.take(progress.tokens, config.batch_tokens, window).to(run.device)
+        batch = team.rows(batches.take(progress.tokens, config.batch_tokens, window)).to(run.device)
         with run.autocast():
             loss = token_losses(model, batch).mean()
         loss.backward()
-        losses.append(loss.item())
+        team.average(model.parameters())
+        losses.append(team.mean(loss.item()))
         norm = optimizers.step(config.rate_at(share))
         progress.step += 1
         progress.tokens += config.batch_tokens
         now = time.monotonic()  # evaluation and checkpoints of the step before are counted too
-        seconds, clock = now - clock, now
+        seconds, clock = team.mean(now - clock), now
         progress.seconds += seconds
         if progress.step % 20 == 0:
             log(
@@ -157,12 +166,12 @@ def train(run: Run, stop_after: int | None = None) -> list[float]:
                 window=window, loss=round(float(np.mean(losses[-20:])), 4), norm=round(norm, 3),
                 tokens_per_second=round(config.batch_tokens / seconds),
             )  # fmt: skip
-        if progress.step % config.evaluate_every == 0:
+        if progress.step % config.evaluate_every == 0 and team.leads:
             log(run, step=progress.step, dev=evaluate(run, model, window))
         if progress.step % config.checkpoint_every == 0:
             save_checkpoint(run, model, optimizers, progress)
     save_checkpoint(run, model, optimizers, progress)
-    if progress.share(config) >= 1:
+    if progress.share(config) >= 1 and team.leads:
         log(run, step=progress.step, dev=evaluate(run, model, config.longest))
     return losses
 
@@ -178,7 +187,11 @@ def main() -> None:
     config = load_config(args.config)
     if args.init_from:
         config = config.model_copy(update={"init_from": args.init_from})
-    train(prepare(config, args.data, args.out))
+    team = Team.join()
+    if team.leads:  # the others find the token streams ready
+        prepare(config, args.data, args.out, team)
+    team.wait()
+    train(prepare(config, args.data, args.out, team))
 
 
 if __name__ == "__main__":
