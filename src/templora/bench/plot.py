@@ -19,7 +19,7 @@ def plot_by_position(
         OutputError: matplotlib is not installed, or the picture cannot be written.
     """
     groups = results if isinstance(results, Mapping) else {"": results}
-    figure, axes = _canvas()
+    figure, (axes,) = canvas()
     for name, group in groups.items():
         longest = max((entry["tokens"] for entry in group), default=0)
         step = max(1, longest // BINS)
@@ -30,22 +30,28 @@ def plot_by_position(
         if all(b.tokens for _, b, _ in points):
             axes.plot(places, [b.perplexity for _, b, _ in points], "--", label=f"base {name}".strip())
     axes.set(xlabel="position in the text (tokens)", ylabel="perplexity", ylim=(0, None))
-    save(figure, axes, path)
+    save(figure, [axes], path)
 
 
-def _canvas() -> tuple[Any, Any]:
+def canvas(panels: int = 1) -> tuple[Any, list[Any]]:
+    """A figure and its panels, side by side.
+
+    Raises:
+        OutputError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise OutputError('plots need matplotlib; say: pip install "templora[plot]"') from error
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    return figure, figure.subplots()
+    figure = Figure(figsize=(7 if panels == 1 else 4 * panels, 4), layout="constrained")
+    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
 
-def save(figure: Any, axes: Any, path: Path) -> None:
+def save(figure: Any, panels: Sequence[Any], path: Path) -> None:
     """Legend, light grid, file."""
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:

@@ -1,0 +1,138 @@
+"""What becomes of a long text that a model writes and learns by itself, with the guard and without it.
+
+Sides: the same base, prompt, seed and sampling; recipe `default` with the guard, without it, and the base with
+nothing to learn. By position: distinct 4-grams, entropy of the words used, and perplexity under the
+bare base; over the whole: the longest span that stands in it twice.
+"""
+
+from collections import Counter
+from math import log2
+from typing import Any
+
+import numpy as np
+
+import templora
+from benchmarks.measure import in_child, parser, save
+from templora.bench.plot import canvas
+from templora.bench.plot import save as save_plot
+from templora.bench.tables import table
+from templora.events import ChunkScored, ChunkSkipped, RolledBack
+from templora.guard import distinct_4
+from templora.metrics import Tally
+
+PROMPT = "It was the last night of October, and the lighthouse keeper had counted the stairs again."
+SIDES: dict[str, dict[str, Any]] = {
+    "guard": {"guard": True},
+    "no guard": {"guard": False},
+    "no adapter": {"learning_rate": 0.0},
+}
+PARTS = 20  # of the text, each with its own figures
+PICTURES = ("distinct-4", "entropy, bits", "perplexity, bare base")
+
+
+def write(side: str, tokens: int, window: int, seed: int) -> dict[str, Any]:
+    """Write one text; its figures by part, and what the guard did."""
+    session = templora.load("novelist").session(
+        "default", seed=seed, window=window, context=window, **SIDES[side]
+    )
+    session.extend(session.base.encode(PROMPT), PROMPT)
+    given = len(session.ids)
+    scored: list[ChunkScored] = []
+    events: Counter[str] = Counter()
+    for event in session.write(tokens):
+        if isinstance(event, ChunkScored):
+            scored.append(event)
+        elif isinstance(event, ChunkSkipped):
+            events[event.reason] += 1
+        elif isinstance(event, RolledBack):
+            events[event.kind] += 1
+    ids = session.ids[given:]
+    size = tokens // PARTS
+    parts = [_part(ids[at : at + size], given + at, scored) for at in range(0, PARTS * size, size)]
+    whole = Tally()
+    for chunk in scored:
+        assert chunk.base_nll is not None
+        whole.add(chunk.base_nll, chunk.tokens)
+    return {
+        "side": side,
+        "seed": seed,
+        "parts": parts,
+        "distinct-4": distinct_4(ids),
+        "longest repeated span": longest_repeat(ids),
+        "perplexity, bare base": whole.perplexity,
+        "chunks": len(scored),
+        "events": dict(events),
+    }
+
+
+def _part(ids: list[int], start: int, scored: list[ChunkScored]) -> dict[str, float | None]:
+    tally = Tally()
+    for chunk in scored:
+        if start <= chunk.start < start + len(ids):
+            assert chunk.base_nll is not None
+            tally.add(chunk.base_nll, chunk.tokens)
+    return {
+        "distinct-4": distinct_4(ids),
+        "entropy, bits": entropy(ids),
+        "perplexity, bare base": tally.perplexity,
+    }
+
+
+def entropy(ids: list[int]) -> float:
+    """Of the distribution of tokens, in bits: it falls when a text uses fewer words."""
+    return -sum(n / len(ids) * log2(n / len(ids)) for n in Counter(ids).values())
+
+
+def longest_repeat(ids: list[int]) -> int:
+    """Tokens of the longest span that stands in the text at two places (which may overlap)."""
+    data = np.array(ids, np.uint32).tobytes()
+    least, most = 0, len(ids) - 1  # a span of `least` tokens stands twice; none longer than `most` does
+    while least < most:
+        length = (least + most + 1) // 2
+        starts = len(ids) - length + 1
+        spans = {hash(data[4 * start : 4 * (start + length)]) for start in range(starts)}
+        least, most = (length, most) if len(spans) < starts else (least, length - 1)
+    return least
+
+
+def plot(results: list[dict[str, Any]], tokens: int, path: Any) -> None:
+    """The figures by position, a panel each."""
+    figure, panels = canvas(len(PICTURES))
+    for axes, name in zip(panels, PICTURES, strict=True):
+        for result in results:
+            places = [(part + 0.5) * tokens / PARTS for part in range(PARTS)]
+            axes.plot(places, [part[name] for part in result["parts"]], label=result["side"])
+        axes.set(xlabel="tokens written", title=name, ylim=(0, None))
+    save_plot(figure, panels, path)
+
+
+def main() -> None:
+    """Write, measure, save."""
+    arguments = parser(__doc__ or "", rounds=1)
+    arguments.add_argument("--tokens", type=int, default=100_000)
+    arguments.add_argument("--window", type=int, default=512)
+    arguments.add_argument("--seed", type=int, default=1)
+    wishes = arguments.parse_args()
+    tokens, window = (400, 64) if wishes.toy else (wishes.tokens, wishes.window)
+    results = [in_child(write, side, tokens, window, wishes.seed) for side in SIDES]
+    rows = [
+        [
+            r["side"],
+            f"{r['distinct-4']:.3f}",
+            f"{r['parts'][-1]['distinct-4']:.3f}",
+            f"{r['longest repeated span']}",
+            f"{r['parts'][0]['entropy, bits']:.2f} → {r['parts'][-1]['entropy, bits']:.2f}",
+            f"{r['perplexity, bare base']:.1f}",
+            ", ".join(f"{n} {name}" for name, n in r["events"].items()) or "–",
+        ]
+        for r in results
+    ]
+    heads = ["", "distinct-4", "last part", "longest repeat", "entropy", "perplexity, bare base", "guard"]
+    about = f"{tokens:,} tokens written by `novelist`, window {window}, seed {wishes.seed}"
+    page = f"{about}\n\n{table(heads, rows)}"
+    save(wishes.out, "own_text", {"tokens": tokens, "window": window, "results": results}, page)
+    plot(results, tokens, wishes.out / "own_text.png")
+
+
+if __name__ == "__main__":
+    main()
