@@ -1,7 +1,7 @@
 """What becomes of a long text that a model writes and learns by itself, with the guard and without it.
 
-Sides: the same base, prompt, seed and sampling; recipe `default` with the guard, without it, and the base with
-nothing to learn. By position: distinct 4-grams, entropy of the words used, and perplexity under the
+Sides: the same base, prompt, seed and sampling; recipe `default` with the guard and without it, and the base
+alone. By position: distinct 4-grams, entropy of the words used, and perplexity under the
 bare base; over the whole: the longest span that stands in it twice.
 """
 

@@ -15,7 +15,7 @@ import json
 import os
 import time
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +41,7 @@ class Run:
     train: np.ndarray
     dev: np.ndarray
     device: torch.device
-    team: Team = Team()
+    team: Team = field(default_factory=Team)
 
     def autocast(self) -> AbstractContextManager:
         """bf16 matrix products where the configuration wants them; weights stay fp32."""
