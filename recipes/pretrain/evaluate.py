@@ -6,7 +6,8 @@ Protocol: each novel apart, the boundary token first, texts as they are. Windows
 each beginning 1,024 after the last; a token is scored once, in the first window that holds it, so
 that past a novel's first window every token sees at least 1,024 tokens before it. fp32 arithmetic.
 The loss by position counts every position of every full window, so the bins
-hold nearly, not exactly, the same tokens: a difference of 0.01 nats between them means nothing.
+hold nearly, not exactly, the same tokens: a difference of 0.01 nats between them means nothing. What
+a longer context is worth stands beside it: the same tokens with and without 1,024 more before them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from data import encode, read_documents
-from measure import LossCount, TextLengths
+from measure import LossCount, MatchedPositions, TextLengths
 from model import token_losses
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
@@ -45,15 +46,21 @@ def windows(tokens: int, window: int, stride: int) -> list[tuple[int, int, int]]
 
 
 @torch.no_grad()
-def score_novel(model: LlamaForCausalLM, stream: np.ndarray, window: int, count: LossCount) -> None:
-    """Add one novel's losses to `count`; `stream` begins with the boundary token."""
+def score_novel(
+    model: LlamaForCausalLM, stream: np.ndarray, window: int, count: LossCount, matched: MatchedPositions
+) -> None:
+    """Add one novel's losses to `count` and `matched`; `stream` begins with the boundary token."""
     ids = torch.from_numpy(stream.astype(np.int64)).to(model.device)
+    before = None  # the losses of the window half a window earlier
     for start, first, end in windows(len(ids) - 1, window, window // 2):
         row = ids[start : end + 1][None]  # [1, window + 1]
         losses = token_losses(model, row)
         count.add(losses[:, first - start :], row[:, 1 + first - start :])
         if end - start == window:
             count.add_positions(losses)
+            if before is not None:
+                matched.add(before, losses[0])
+            before = losses[0]
 
 
 def main() -> None:
@@ -67,12 +74,13 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
-    count = LossCount(TextLengths.of(tokenizer))
+    count, matched = LossCount(TextLengths.of(tokenizer)), MatchedPositions(args.window // 2)
     for document in read_documents(args.data / "novels.dev.jsonl.xz"):
         # Without the closing boundary: the figure is about the text.
-        score_novel(model, encode([document], tokenizer)[:-1], args.window, count)
+        score_novel(model, encode([document], tokenizer)[:-1], args.window, count, matched)
     seconds = round(time.monotonic() - started, 1)
-    print(json.dumps({"window": args.window, **count.report(), "seconds": seconds}, indent=2))
+    gains = {f"gain_of_{matched.earlier}_more_by_position": matched.report()}
+    print(json.dumps({"window": args.window, **count.report(), **gains, "seconds": seconds}, indent=2))
 
 
 if __name__ == "__main__":

@@ -91,6 +91,35 @@ class LossCount:
         }
 
 
+@dataclass
+class MatchedPositions:
+    """What `earlier` more tokens of context are worth, on the same tokens, by what they had without them.
+
+    Bins by position hold different tokens, and one chapter is easier than another; here each token is compared
+    with itself, in two windows that overlap by half.
+    """
+
+    earlier: int
+    gains: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, losses: Tensor, later_losses: Tensor) -> None:
+        """Compare `[window]` losses with those of the window that begins `earlier` tokens later."""
+        for start, end in pairwise(BINS):
+            if end <= self.earlier:
+                moved = slice(self.earlier + start, self.earlier + end)
+                gain = later_losses[start:end].mean() - losses[moved].mean()
+                self.gains.setdefault(f"{start}-{end}", []).append(float(gain))
+
+    def report(self) -> dict[str, list[float]]:
+        """Return mean gain and its standard error over windows, in nats per token, by position."""
+        values = {name: np.array(gains) for name, gains in self.gains.items()}
+        return {
+            name: [round(float(v.mean()), 4), round(float(v.std(ddof=1) / len(v) ** 0.5), 4)]
+            for name, v in values.items()
+            if len(v) > 1
+        }
+
+
 def sample_windows(stream: np.ndarray, window: int, count: int) -> Tensor:
     """Return `count` windows spread evenly over a stream, `[count, window + 1]`."""
     starts = np.linspace(0, len(stream) - window - 1, count).astype(int)

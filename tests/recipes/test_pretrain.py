@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import lzma
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
 from tokenizers import Tokenizer
 
@@ -90,6 +95,28 @@ def test_a_stopped_and_resumed_training_gives_the_same_losses(tmp_path, tokenize
     assert whole[-1] < whole[0]
 
 
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tmp_path):
+    for name, seeds in (("train", range(6)), ("dev", range(6, 8))):
+        rows = [json.dumps({"title": str(seed), "text": text(seed)}) for seed in seeds]
+        with lzma.open(tmp_path / f"novels.{name}.jsonl.xz", "wt", encoding="utf-8") as file:
+            file.write("\n".join(rows))
+    config = toy_config(total_tokens=20 * 64, overlap_limit=0.99).model_dump()
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(config), "utf-8")
+    logs = {}
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+        line += [RECIPE / "train.py", "--config", tmp_path / "toy.yaml", "--data", tmp_path, "--out", out]
+        subprocess.run([str(part) for part in line], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        logs[processes] = [json.loads(row) for row in (out / "log.jsonl").read_text("utf-8").splitlines()]
+        assert (out / "export" / "model.safetensors").exists()
+    (one, dev_one), (two, dev_two) = logs[1], logs[2]
+    assert one["step"] == two["step"] == 20
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+    assert dev_two["dev"]["nats_per_token"] == pytest.approx(dev_one["dev"]["nats_per_token"], rel=1e-3)
+
+
 def test_the_exported_folder_loads_with_the_trained_weights_in_bf16(tmp_path, tokenizer):
     from model import build_model, export
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -125,6 +152,17 @@ def test_every_target_is_scored_once_with_half_a_window_before_it():
     assert windows(10, 4, 2) == [(0, 0, 4), (2, 4, 6), (4, 6, 8), (6, 8, 10)]
     assert windows(3, 4, 2) == [(0, 0, 3)]
     assert windows(5, 4, 2) == [(0, 0, 4), (2, 4, 5)]
+
+
+def test_a_longer_context_is_judged_on_the_same_tokens():
+    from measure import MatchedPositions
+
+    matched = MatchedPositions(earlier=1024)
+    for noise in (0.0, 1.0):  # a chapter that is harder throughout must not count
+        losses = torch.full((2048,), 3.0 + noise)
+        losses[1280:1536] -= 0.5  # where 256 to 512 tokens stand before it in the later window
+        matched.add(losses, torch.full((2048,), 3.0 + noise))
+    assert matched.report() == {"0-256": [0, 0], "256-512": [0.5, 0], "512-1024": [0, 0]}
 
 
 def test_token_lengths_add_up_to_the_text(tokenizer):
