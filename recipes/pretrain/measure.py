@@ -95,7 +95,7 @@ class LossCount:
 class MatchedPositions:
     """What `earlier` more tokens of context are worth, on the same tokens, by what they had without them.
 
-    Bins by position hold different tokens, and one chapter is easier than another; here each token is compared
+    Bins by position hold different tokens, and one chapter is easier than another; here each is compared
     with itself, in two windows that overlap by half.
     """
 
