@@ -42,6 +42,7 @@ def test_the_paper_recipe_is_the_authors_settings() -> None:
         "head": 0.0,
         "learning_rate": 5e-5,
         "b_rate": 1.0,
+        "magnitude_rate": 0.0,
         "beta1": 0.9,
         "beta2": 0.999,
         "eps": 1e-7,

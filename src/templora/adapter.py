@@ -50,6 +50,12 @@ class Adapter:
         """How many numbers it holds."""
         return self.flat.numel()
 
+    @property
+    def layers_b(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Each layer's B, [out, rank], and its gradient: views of `flat` and `gradient`."""
+        weights = [site.b.detach() for site in self._sites]
+        return weights, [site.b.grad for site in self._sites if site.b.grad is not None]
+
     @contextmanager
     def attached(self, *, training: bool = False) -> Generator[None]:
         """The model computes with the adapter, differentiably. training: apply LoRA dropout."""

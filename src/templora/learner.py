@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from templora.adapter import Adapter
+from templora.magnitude import Magnitudes
 from templora.recipe import Recipe
 
 SHORTEST = 5  # a step of a thousandth is the shortest that is tried
@@ -55,6 +56,8 @@ class Learner:
             weight_decay=recipe.weight_decay,
             fused=True,
         )
+        rate = recipe.magnitude_rate
+        self.magnitudes = Magnitudes(*adapter.layers_b, rate) if rate else None
 
     @property
     def one_pass(self) -> bool:
@@ -84,7 +87,8 @@ class Learner:
         norm = 0.0
         try:
             for epoch in range(self.recipe.epochs):
-                norm = self._step(first if epoch == 0 and first is not None else self._pass(nll), rate)
+                loss = first if epoch == 0 and first is not None else self._pass(nll)
+                norm = self._step(loss, rate, unlearned=epoch == 0)
             # One pass over the weights; isfinite() takes three and two copies.
             if not float(torch.linalg.vector_norm(adapter.flat)) < float("inf"):
                 raise NotFinite("the updated adapter is not finite")
@@ -102,11 +106,14 @@ class Learner:
     def state(self) -> dict[str, Any]:
         """Everything that a resumed session needs besides the adapter's weights."""
         optimizer = copy.deepcopy(self.optimizer.state_dict())
-        return {"optimizer": optimizer, "dropout": self._dropout_state.clone()}
+        magnitudes = self.magnitudes.state() if self.magnitudes else None
+        return {"optimizer": optimizer, "magnitudes": magnitudes, "dropout": self._dropout_state.clone()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state` returned."""
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.magnitudes:
+            self.magnitudes.load_state(state["magnitudes"])
         self._dropout_state = state["dropout"].clone()
 
     @torch.no_grad()
@@ -132,8 +139,11 @@ class Learner:
                 self._dropout_state = torch.random.get_rng_state()
             return result
 
-    def _step(self, nll: Tensor, rate: float) -> float:
-        """One optimiser step; returns the gradient norm before clipping."""
+    def _step(self, nll: Tensor, rate: float, *, unlearned: bool) -> float:
+        """One optimiser step; returns the gradient norm before clipping.
+
+        unlearned: the chunk is new to the adapter.
+        """
         adapter = self.adapter
         adapter.gradient.zero_()
         with torch.enable_grad():  # transformers' `generate` calls us with gradients switched off
@@ -142,6 +152,8 @@ class Learner:
         norm = float(torch.linalg.vector_norm(adapter.gradient))
         if not norm < float("inf"):
             raise NotFinite("the loss or its gradient is not finite")
+        if self.magnitudes and unlearned and rate:
+            self.magnitudes.step()
         clip = self.recipe.clip
         if clip is not None and norm > clip:
             # torch.nn.utils.clip_grad_norm_ adds this small number too: the paper's loop is matched exactly.

@@ -47,12 +47,15 @@ class Recipe(BaseModel):
     first_block: Fraction = Field(
         description="the adapter starts at this share of the base's blocks: 0 all, 0.5 the upper half"
     )
-    # Sessions of old have no such key: there it did not.
+    # Sessions of old do not have the keys with a default: there it was like that.
     head: NonNegative = Field(
         0.0, description="the output layer learns as well, with this share of alpha; 0: it does not"
     )
     learning_rate: NonNegative = Field(description="AdamW's rate for A; 0 switches learning off")
     b_rate: Positive = Field(description="B's rate as a multiple of A's (LoRA+)")
+    magnitude_rate: NonNegative = Field(
+        0.0, description="rate at which each layer's B grows or shrinks as a whole; 0: only as AdamW moves it"
+    )
     beta1: Fraction
     beta2: Fraction
     eps: Positive
