@@ -25,8 +25,8 @@ def test_its_slope_is_that_of_the_loss_when_a_layer_is_scaled() -> None:
     adapter.gradient.zero_()
     loss().backward()
     weights, gradients = adapter.layers_b
-    magnitudes = Magnitudes(weights, gradients, 0.03)
-    magnitudes.step()
+    magnitudes = Magnitudes(len(weights), 0.03, adapter.flat.device)
+    magnitudes.step(weights, gradients)
     slopes = magnitudes.mean / (1 - BETA1)
     assert slopes.abs().max() > 1e-4
     for weight, slope in zip(weights, slopes, strict=True):
@@ -41,7 +41,7 @@ def test_its_slope_is_that_of_the_loss_when_a_layer_is_scaled() -> None:
 
 def test_its_steps_are_adams_over_logarithms() -> None:
     weight, gradient = torch.full((2, 2), 3.0), torch.zeros(2, 2)
-    magnitudes, rate = Magnitudes([weight], [gradient], 0.1), 0.1
+    magnitudes, rate = Magnitudes(1, 0.1, weight.device), 0.1
     size, mean, square = 3.0, 0.0, 0.0
     for step in range(1, 20):
         gradient.fill_(math.sin(step))
@@ -49,6 +49,6 @@ def test_its_steps_are_adams_over_logarithms() -> None:
         mean, square = BETA1 * mean + (1 - BETA1) * slope, BETA2 * square + (1 - BETA2) * slope**2
         if step > WARM_UP:
             size *= math.exp(-rate * mean / (1 - BETA1**step) / math.sqrt(square / (1 - BETA2**step)))
-        magnitudes.step()
+        magnitudes.step([weight], [gradient])
         assert weight.flatten().tolist() == pytest.approx([size] * 4, rel=1e-4)
     assert abs(size - 3.0) > 0.1

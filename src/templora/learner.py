@@ -57,7 +57,8 @@ class Learner:
             fused=True,
         )
         rate = recipe.magnitude_rate
-        self.magnitudes = Magnitudes(*adapter.layers_b, rate) if rate else None
+        layers = len(adapter.layers_b[0])
+        self.magnitudes = Magnitudes(layers, rate, adapter.flat.device) if rate else None
 
     @property
     def one_pass(self) -> bool:
@@ -153,7 +154,7 @@ class Learner:
         if not norm < float("inf"):
             raise NotFinite("the loss or its gradient is not finite")
         if self.magnitudes and unlearned and rate:
-            self.magnitudes.step()
+            self.magnitudes.step(*adapter.layers_b)
         clip = self.recipe.clip
         if clip is not None and norm > clip:
             # torch.nn.utils.clip_grad_norm_ adds this small number too: the paper's loop is matched exactly.

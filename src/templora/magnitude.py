@@ -18,19 +18,22 @@ WARM_UP = 5  # steps before the averages mean anything
 class Magnitudes:
     """Adam over the logarithm of each layer's B.
 
-    weights, gradients: each layer's B, [out, rank], and its gradient. rate: of the logarithms; a step
-    changes B by that fraction at most.
+    rate: of the logarithms; a step changes B by about that fraction.
     """
 
-    def __init__(self, weights: list[Tensor], gradients: list[Tensor], rate: float) -> None:
-        self._weights, self._gradients, self.rate = weights, gradients, rate
-        self.steps = 0
-        self.mean, self.square = (weights[0].new_zeros(len(weights)) for _ in range(2))
+    def __init__(self, layers: int, rate: float, device: torch.device) -> None:
+        self.rate, self.steps = rate, 0
+        self.mean, self.square = (torch.zeros(layers, device=device) for _ in range(2))
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Scale each B by what its gradient says. It must be of a chunk that was not learned yet."""
-        products = torch._foreach_mul(self._weights, self._gradients)  # pyright: ignore[reportPrivateUsage]
+    def step(self, weights: list[Tensor], gradients: list[Tensor]) -> None:
+        """Scale each B by what its gradient says.
+
+        Args:
+            weights: each layer's B, [out, rank], changed in place.
+            gradients: of a chunk that was not learned yet.
+        """
+        products = torch._foreach_mul(weights, gradients)  # pyright: ignore[reportPrivateUsage]
         slopes = torch.stack([product.sum() for product in products])  # d loss / d log magnitude, [layers]
         self.steps += 1
         self.mean.lerp_(slopes, 1 - BETA1)
@@ -40,7 +43,7 @@ class Magnitudes:
         mean = self.mean / (1 - BETA1**self.steps)
         spread = (self.square / (1 - BETA2**self.steps)).sqrt() + EPS
         factors = torch.exp(-self.rate * mean / spread)
-        torch._foreach_mul_(self._weights, list(factors.unbind()))  # pyright: ignore[reportPrivateUsage]
+        torch._foreach_mul_(weights, list(factors.unbind()))  # pyright: ignore[reportPrivateUsage]
 
     def state(self) -> dict[str, Any]:
         """What a resumed text needs, copied."""
