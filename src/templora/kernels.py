@@ -1,9 +1,9 @@
 """Faster fp32 products and attention for passes over many tokens on the CPU; the same values up to rounding.
 
-torch's fp32 products are MKL's, which leaves half of an AMD core's vector unit idle; oneDNN, also inside
-torch, uses all of it. And torch's attention gives the keys of a cache gradients that nobody asks for. `fast()` puts
-others in their place while a pass runs, by what torch calls a function mode: no model, no module and no other
-thread is touched. It knows nothing of adapters.
+torch's fp32 products are MKL's, which leaves half of an AMD core's vector unit idle; oneDNN, inside torch as
+well, uses all of it. And torch's attention gives the keys of a cache gradients that nobody asks for. `fast()`
+puts others in their place while a pass runs, by what torch calls a function mode: no model, no module and no
+other thread is touched. It knows nothing of adapters.
 """
 
 import sys
