@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from templora import loading
+from templora import kernels, loading
 from templora.cross_entropy import linear_nll, logits_nll
 from templora.probe import Probe, probe
 
@@ -134,7 +134,7 @@ class Base:
         Returns:
             Logits after the last of them, [vocab], in the model's dtype.
         """
-        with torch.no_grad():
+        with torch.no_grad(), kernels.fast(len(ids), device=self.device):
             if self._probe.plain_head:
                 return self.head(self._hidden(ids, position, cache)[-1:])[0]
             return self._logits(ids, position, cache, keep=1)[0]
@@ -154,10 +154,11 @@ class Base:
             NLL of each label in nats, fp32, [labels].
         """
         target = torch.tensor(labels, device=self.device)
-        if self._probe.plain_head:
-            hidden = self._hidden(ids, position, cache)[-len(labels) :]
-            return linear_nll(hidden, self.head, target)
-        return logits_nll(self._logits(ids, position, cache, keep=len(labels)), target)
+        with kernels.fast(len(ids), device=self.device):
+            if self._probe.plain_head:
+                hidden = self._hidden(ids, position, cache)[-len(labels) :]
+                return linear_nll(hidden, self.head, target)
+            return logits_nll(self._logits(ids, position, cache, keep=len(labels)), target)
 
     def fingerprint(self) -> str:
         """SHA-256 over the name, dtype and bytes of every parameter and buffer."""

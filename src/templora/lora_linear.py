@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from templora.kernels import FEWEST, is_fast, product
+
 
 class LoraLinear(nn.Module):
     """Stands in for a frozen `nn.Linear`: y = x Wᵀ + bias + scale · (x Aᵀ) Bᵀ.
@@ -24,6 +26,8 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, in] to […, out]."""
+        if is_fast() and x.numel() >= FEWEST * x.shape[-1] and x.dtype == self.a.dtype == torch.float32:
+            return _FastLoraLinear.apply(x, self.weight, self.bias, self.a, self.b, self.scale)  # pyright: ignore[reportReturnType]
         return _LoraLinear.apply(x, self.weight, self.bias, self.a, self.b, self.scale)  # pyright: ignore[reportReturnType]
 
 
@@ -53,4 +57,34 @@ class _LoraLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             x_slope = (rows_slope @ weight).addmm_(inner_slope, a, alpha=ctx.scale)
             x_slope = x_slope.view(*slope.shape[:-1], -1)
+        return x_slope, None, None, a_slope, b_slope, None
+
+
+class _FastLoraLinear(torch.autograd.Function):
+    """The same with the products of `kernels`, for many rows in fp32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        inner = product(rows, a).mul_(scale)  # [rows, rank]
+        y = product(inner, b, product(rows, weight))
+        if bias is not None:
+            y += bias
+        ctx.save_for_backward(rows, inner, weight, a, b)
+        ctx.scale = scale
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        rows, inner, weight, a, b = ctx.saved_tensors
+        slope = upstream[0].reshape(-1, upstream[0].shape[-1])
+        inner_slope = product(slope, b.T).mul_(ctx.scale)
+        a_slope = product(inner_slope.T, rows.T)
+        b_slope = product(inner.T, slope.T).T
+        x_slope = None
+        if ctx.needs_input_grad[0]:
+            x_slope = product(inner_slope, a.T, product(slope, weight.T))
+            x_slope = x_slope.view(*upstream[0].shape[:-1], -1)
         return x_slope, None, None, a_slope, b_slope, None

@@ -1,0 +1,215 @@
+"""Faster fp32 products and attention for passes over many tokens on the CPU; the same values up to rounding.
+
+torch's fp32 products are MKL's, which leaves half of an AMD core's vector unit idle; oneDNN, inside torch as
+well, uses all of it. And torch's attention gives the keys of a cache gradients that nobody asks for. `fast()`
+puts others in their place while a pass runs, by what torch calls a function mode: no model, no module and no
+other thread is touched. It knows nothing of adapters.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+FEWEST = 16  # rows: below that MKL is the faster one
+BLOCK = 128  # queries at a time: their scores stay in the core's own cache
+
+
+def product(x: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
+    """x weightᵀ + added. x: [rows, in], weight: [out, in], both fp32, in any layout; added: [rows, out]."""
+    x = x.contiguous()
+    if not weight.T.is_contiguous():  # one of the two it must be: elsewhere oneDNN is a hundred times slower
+        weight = weight.contiguous()
+    if added is None:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.binary(x, added, weight, None, "add")
+
+
+@cache
+def pays() -> bool:
+    """Whether this machine's MKL holds back: decided by what it is, never by a clock, so that runs repeat."""
+    info = Path("/proc/cpuinfo")
+    intel = "GenuineIntel" in info.read_text("utf-8") if info.exists() else True
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return sys.platform == "linux" and wide and not intel and torch.backends.mkldnn.is_available()
+
+
+def fast(rows: int, *, device: torch.device) -> AbstractContextManager[object]:
+    """For one pass over that many tokens; does nothing where it would not pay."""
+    return Fast() if rows >= FEWEST and device.type == "cpu" and pays() else nullcontext()
+
+
+def is_fast() -> bool:
+    """Whether the pass that runs now is a fast one."""
+    return Fast.depth > 0
+
+
+class Fast(TorchFunctionMode):
+    """While it is entered, linear layers and causal attention in fp32 take the ways below."""
+
+    depth = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._causal: Tensor | None = None  # the mask that was looked at last and is the causal one
+        self._ways: dict[Any, Callable[..., Tensor | None]] = {
+            functional.linear: _linear,
+            functional.scaled_dot_product_attention: self._attention,
+        }
+
+    def __enter__(self) -> "Fast":
+        Fast.depth += 1
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        Fast.depth -= 1
+        super().__exit__(*error)
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor | None:
+        """None where it is not plain causal attention of one fp32 text."""
+        queries, keys = query.shape[-2], key.shape[-2]
+        plain = (
+            query.ndim == key.ndim == 4
+            and key.shape == value.shape
+            and query.shape[0] == key.shape[0] == 1
+            and query.shape[1] % key.shape[1] == 0
+            and (enable_gqa or query.shape[1] == key.shape[1])
+            and {query.dtype, key.dtype, value.dtype} == {torch.float32}
+            and dropout_p == 0
+            and queries >= FEWEST
+        )
+        if not plain or not (self._is_causal(attn_mask, queries, keys) or (is_causal and queries == keys)):
+            return None
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return _CausalAttention.apply(query, key, value, scale)  # pyright: ignore[reportReturnType]
+
+    def _is_causal(self, mask: Tensor | None, queries: int, keys: int) -> bool:
+        """Whether the mask lets the queries, which come last, see all keys up to their own and no other."""
+        if mask is None or mask.dtype != torch.bool or mask.numel() != queries * keys:
+            return False
+        if mask is not self._causal:
+            causal = torch.ones(queries, keys, dtype=torch.bool).tril_(keys - queries)
+            if not torch.equal(mask.view(queries, keys), causal):
+                return False
+            self._causal = mask
+        return True
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        way = self._ways.get(func)
+        result = way(*args, **kwargs) if way else None
+        return func(*args, **kwargs) if result is None else result
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """None where the weight learns, or anything else is not as usual."""
+    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    plain = x.dtype == weight.dtype == torch.float32 and x.ndim >= 2 and weight.ndim == 2
+    if not frozen or not plain or x.numel() < FEWEST * x.shape[-1]:
+        return None
+    rows: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight)  # pyright: ignore[reportAssignmentType]
+    y = rows.view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return product(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return product(upstream[0], weight.T), None
+
+
+class _CausalAttention(torch.autograd.Function):
+    """The queries are those of the last keys; earlier keys come from a cache and get no gradient.
+
+    Scores are made a block of queries at a time, and again on the way back: none are kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        heads, queries, width = query.shape[1:]
+        out = query.new_empty(queries, heads, width)
+        for group, rows, columns in _blocks(query, key):
+            q, k, v = (
+                query[0, group.heads, rows],
+                key[0, group.kv, :columns],
+                value[0, group.kv, :columns],
+            )
+            mixed = product(_weights(q, k, scale), v.T)
+            out[rows, group.heads] = mixed.view(*q.shape).transpose(0, 1)
+        ctx.save_for_backward(query, key, value)
+        ctx.scale = scale
+        return out.transpose(0, 1).unsqueeze(0)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value = ctx.saved_tensors
+        slopes, scale = upstream[0][0], ctx.scale  # [heads, queries, width]
+        q_slope, k_slope, v_slope = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        old = key.shape[2] - query.shape[2]
+        for group, rows, columns in _blocks(query, key):
+            q, k, v = (
+                query[0, group.heads, rows],
+                key[0, group.kv, :columns],
+                value[0, group.kv, :columns],
+            )
+            weights = _weights(q, k, scale)  # [heads · rows, columns]
+            slope = slopes[group.heads, rows].reshape(-1, q.shape[-1])
+            score_slope = torch.ops.aten._softmax_backward_data(product(slope, v), weights, -1, torch.float32)
+            q_slope[0, group.heads, rows] = product(score_slope, k.T).view(q.shape).mul_(scale)
+            own = q.reshape(-1, q.shape[-1])
+            v_slope[0, group.kv, old:columns] += product(weights[:, old:].T, slope.T)
+            k_slope[0, group.kv, old:columns] += product(score_slope[:, old:].T, own.T).mul_(scale)
+        return q_slope, k_slope, v_slope, None
+
+
+class _Group(NamedTuple):
+    """A head of the keys and the heads of the queries that look at it."""
+
+    kv: int
+    heads: slice
+
+
+def _blocks(query: Tensor, key: Tensor) -> Iterator[tuple[_Group, slice, int]]:
+    """Group, queries, and how many keys the last of them sees."""
+    shared, queries = query.shape[1] // key.shape[1], query.shape[2]
+    for index in range(key.shape[1]):
+        group = _Group(index, slice(index * shared, (index + 1) * shared))
+        for start in range(0, queries, BLOCK):
+            stop = min(start + BLOCK, queries)
+            yield group, slice(start, stop), key.shape[2] - queries + stop
+
+
+def _weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """What each key counts, [heads · rows, columns]; the last of the rows sees every column.
+
+    query: [heads, rows, width]. key: [columns, width].
+    """
+    heads, rows, width = query.shape
+    scores = product(query.reshape(-1, width) * scale, key)
+    later = torch.full((rows, rows), -torch.inf).triu_(1)
+    scores.view(heads, rows, -1)[:, :, -rows:] += later
+    return scores.softmax(-1)

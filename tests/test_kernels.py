@@ -1,0 +1,129 @@
+"""The fast products and attention against torch's own: values, gradients, and what they must leave alone."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import templora
+from templora import kernels
+from templora.events import ChunkScored
+from templora.kernels import BLOCK, Fast, product
+from templora.testing import ByteTokenizer, tiny_llama
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+PROSE = "The tide came in twice that night, and twice the keeper rowed out to look for the boy. " * 6
+
+
+def rows(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def compared(inputs: list[Tensor], compute: object, atol: float = 1e-5) -> None:
+    """The value and every gradient must be the same with and without `Fast`."""
+    made: list[list[Tensor]] = []
+    for fast in (False, True):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        if fast:
+            with Fast():
+                y = compute(*leaves)  # type: ignore[operator]
+        else:
+            y = compute(*leaves)  # type: ignore[operator]
+        made.append([y.detach(), *torch.autograd.grad(y.sin().sum(), leaves)])
+    for slow, quick in zip(*made, strict=True):
+        assert torch.allclose(slow, quick, atol=atol)
+
+
+def test_a_product_is_the_same_in_any_layout() -> None:
+    x, weight, wide = rows(40, 24), rows(16, 24), rows(40, 100)
+    assert torch.allclose(product(x, weight), x @ weight.T, atol=1e-5)
+    assert torch.allclose(product(x, rows(24, 16).T), x @ rows(24, 16), atol=1e-5)
+    assert torch.allclose(product(x, weight, wide[:, :16]), wide[:, :16] + x @ weight.T, atol=1e-5)
+    assert torch.allclose(product(x.T, wide[:, 7:90].T), x.T @ wide[:, 7:90], atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_is_the_same(bias: bool) -> None:
+    weight, shift = rows(16, 24), rows(16) if bias else None
+    compared([rows(2, 20, 24)], lambda x: functional.linear(x, weight, shift))
+
+
+def test_a_weight_that_learns_gets_its_gradient() -> None:
+    compared([rows(20, 24), rows(16, 24)], functional.linear)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("queries", [16, BLOCK, BLOCK + 1, 2 * BLOCK + 5])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_attention_over_a_whole_text_is_the_same(kv_heads: int, queries: int, scale: float | None) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=kv_heads < 4
+        )
+
+    shapes = [(1, heads, queries, 8) for heads in (4, kv_heads, kv_heads)]
+    compared([rows(*shape) for shape in shapes], attend)
+
+
+@pytest.mark.parametrize("queries", [16, BLOCK, BLOCK + 30])
+def test_attention_over_a_cache_is_the_same_and_the_cache_gets_no_gradient(queries: int) -> None:
+    old_keys, old_values = rows(1, 2, 50, 8), rows(1, 2, 50, 8).flip(2)
+    mask = torch.ones(queries, 50 + queries, dtype=torch.bool).tril(50)[None, None]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = torch.cat((old_keys, k), dim=2), torch.cat((old_values, v), dim=2)
+        return functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
+
+    compared([rows(1, 4, queries, 8), rows(1, 2, queries, 8), rows(1, 2, queries, 8)], attend)
+
+
+@pytest.mark.parametrize("kind", ["sliding", "bidirectional", "additive", "none"])
+def test_other_masks_are_left_to_torch(kind: str) -> None:
+    causal = torch.ones(20, 20, dtype=torch.bool).tril()
+    masks = {
+        "sliding": causal.triu(-5),
+        "bidirectional": torch.ones_like(causal),
+        "additive": torch.zeros(20, 20),
+        "none": None,
+    }
+    inputs, mask = [rows(1, 2, 20, 8) + i for i in range(3)], masks[kind]
+    with Fast():
+        functional.scaled_dot_product_attention(*inputs, attn_mask=causal)  # a causal one seen before
+        fast = functional.scaled_dot_product_attention(*inputs, attn_mask=mask)
+    assert torch.equal(fast, functional.scaled_dot_product_attention(*inputs, attn_mask=mask))
+
+
+@pytest.mark.parametrize("recipe", ["default", "paper"])
+@pytest.mark.parametrize("context_from", ["cache", "recompute"])
+def test_a_text_is_scored_and_learned_as_without_them(
+    recipe: str, context_from: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores: dict[bool, list[float]] = {}
+    for fast in (False, True):
+        monkeypatch.setattr(kernels, "pays", lambda fast=fast: fast)
+        base = templora.load(model=tiny_llama(), tokenizer=ByteTokenizer())
+        changes: dict[str, Any] = {
+            "dropout": 0.0,
+            "context_from": context_from,
+            "learning_rate": 1e-3,
+        }
+        session = base.session(recipe, seed=3, window=48, context=48, chunk=32, **changes)
+        events = session.reading(PROSE)
+        scores[fast] = [event.adapted_nll for event in events if isinstance(event, ChunkScored)]
+    assert len(scores[True]) > 10
+    assert scores[True] == pytest.approx(scores[False], abs=1e-2)
+    assert scores[True] != scores[False], "the fast kernels did not run"
+
+
+def test_at_rate_zero_they_leave_the_base_and_the_adapter_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernels, "pays", lambda: True)
+    base = templora.load(model=tiny_llama(), tokenizer=ByteTokenizer())
+    session = base.session(seed=4, window=48, chunk=32, context=48, learning_rate=0.0)
+    for event in session.reading(PROSE, score_base=True):
+        assert isinstance(event, ChunkScored)
+        assert event.adapted_nll == event.base_nll
+    assert not kernels.is_fast()
