@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 # The authors' settings (arXiv 2401.11504 and their code), but for dropout: it would make two runs differ.
 RANK, RATE, EPS, EPOCHS, WARM_UP, CLIP = 64, 5e-5, 1e-7, 2, 2, 1.0
@@ -37,8 +37,9 @@ class PlainLoop:
 
     def nll(self, ids: Sequence[int], start: int) -> Tensor:
         """NLL of ids[start:] in nats, [tokens], from logits of all of ids."""
-        logits = self.model(input_ids=torch.tensor([list(ids)])).logits[0]  # [tokens, vocab]
-        return cross_entropy(logits[start - 1 : -1].float(), torch.tensor(ids[start:]), reduction="none")
+        rows = torch.tensor(list(ids), device=self.model.device)
+        logits = self.model(input_ids=rows.unsqueeze(0)).logits[0]  # [tokens, vocab]
+        return cross_entropy(logits[start - 1 : -1].float(), rows[start:], reduction="none")
 
     def learn(self, ids: Sequence[int], start: int) -> None:
         """Two optimiser steps on ids[start:], seeing what stands before them."""
@@ -67,19 +68,25 @@ class PlainLoop:
         ids = list(ids)
         while tokens > 0:
             start = len(ids)
-            inputs = torch.tensor([ids[max(0, start - window) :]])
-            with torch.no_grad():
-                made = self.model.generate(
-                    input_ids=inputs,
-                    attention_mask=torch.ones_like(inputs),
-                    max_new_tokens=min(chunk, tokens),
-                    min_new_tokens=min(chunk, tokens),
-                    do_sample=False,
-                    repetition_penalty=1.0,
-                )
-            new = made[0, inputs.shape[1] :].tolist()
+            new = generate(self.model, ids[max(0, start - window) :], min(chunk, tokens))
             ids += new
             tokens -= len(new)
             if len(new) == chunk:
                 self.learn(ids[max(0, start - window) :], min(start, window))
         return ids
+
+
+def generate(model: Any, ids: Sequence[int], tokens: int, cache: Cache | None = None) -> list[int]:
+    """The greedy tokens after ids. cache: of all of ids but the last, if there is one already."""
+    inputs = torch.tensor([list(ids)], device=model.device)
+    with torch.no_grad():
+        made = model.generate(
+            input_ids=inputs,
+            attention_mask=torch.ones_like(inputs),
+            past_key_values=cache,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            repetition_penalty=1.0,
+        )
+    return made[0, len(ids) :].tolist()
