@@ -29,10 +29,12 @@ from benchmarks.measure import (
     save_table,
     shares,
     sizes,
+    wait,
 )
 from benchmarks.needs import Needs, recipe
 from benchmarks.plain import PlainLoop
 from benchmarks.roofline import highest, limits, of_shape, share
+from templora.base import Base
 from templora.events import ChunkLearned, ChunkScored
 
 # The context's keys without gradients; the rest is recipe `paper`.
@@ -51,10 +53,10 @@ def ids_of(shape: str, window: int, chunk: int) -> list[int]:
     return shapes.ids(shape, 1 + chunk * (filled(window, chunk) + WARM + COUNTED))
 
 
-def ours(shape: str, window: int, chunk: int) -> dict[str, Any]:
-    """Seconds of each counted step, NLL of each chunk, peak memory in MB."""
-    session = shapes.base(shape).session("paper", seed=1, window=window, context=window, chunk=chunk, **OURS)
-    session.extend(ids_of(shape, window, chunk), "")
+def our_steps(base: Base, ids: list[int], window: int, chunk: int) -> dict[str, Any]:
+    """Seconds of each counted step, and NLL of each chunk."""
+    session = base.session("paper", seed=1, window=window, context=window, chunk=chunk, **OURS)
+    session.extend(ids, "")
     session.chunk = filled(window, chunk)
     seconds, nll = list[float](), list[float]()
     for event in session.learning():
@@ -62,12 +64,13 @@ def ours(shape: str, window: int, chunk: int) -> dict[str, Any]:
             seconds.append(event.seconds)
         elif isinstance(event, ChunkScored):
             nll.append(event.adapted_nll / event.tokens)
-    return {"seconds": seconds[WARM:], "nll": nll, "peak_mb": peak_mb()}
+    session.discard()
+    return {"seconds": seconds[WARM:], "nll": nll}
 
 
-def plain(shape: str, window: int, chunk: int, start: dict[str, torch.Tensor]) -> dict[str, Any]:
+def plain_steps(loop: PlainLoop, ids: list[int], window: int, chunk: int) -> dict[str, Any]:
     """The same, of the plain loop."""
-    loop, ids = PlainLoop(shapes.build(shape), start), ids_of(shape, window, chunk)
+    device = loop.model.device.type
     loop.chunk = filled(window, chunk)
     seconds, nll = list[float](), list[float]()
     for first in range(1 + loop.chunk * chunk, len(ids) - chunk + 1, chunk):
@@ -76,8 +79,21 @@ def plain(shape: str, window: int, chunk: int, start: dict[str, torch.Tensor]) -
             nll.append(float(loop.nll(row, seen).mean()))
         started = time.perf_counter()
         loop.learn(row, seen)
+        wait(device)
         seconds.append(time.perf_counter() - started)
-    return {"seconds": seconds[WARM:], "nll": nll, "peak_mb": peak_mb()}
+    return {"seconds": seconds[WARM:], "nll": nll}
+
+
+def ours(shape: str, window: int, chunk: int) -> dict[str, Any]:
+    """`our_steps` and peak memory in MB."""
+    steps = our_steps(shapes.base(shape), ids_of(shape, window, chunk), window, chunk)
+    return steps | {"peak_mb": peak_mb()}
+
+
+def plain(shape: str, window: int, chunk: int, start: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """`plain_steps` and peak memory in MB."""
+    loop = PlainLoop(shapes.build(shape), start)
+    return plain_steps(loop, ids_of(shape, window, chunk), window, chunk) | {"peak_mb": peak_mb()}
 
 
 def loaded(shape: str) -> float:
@@ -102,7 +118,7 @@ def measure(shape: str, window: int, chunk: int, rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         runs["ours"].append(in_child(ours, shape, window, chunk))
         runs["plain"].append(in_child(plain, shape, window, chunk, start))
-        rates.append(in_child(of_shape, shape, chunk))
+        rates.append(of_shape(shape, chunk))
     apart = max(abs(a - b) for a, b in zip(runs["ours"][0]["nll"], runs["plain"][0]["nll"], strict=True))
     assert apart < 1e-3, f"both sides must compute the same, but NLLs are {apart} apart"
     seconds = {side: [median(run["seconds"]) for run in made] for side, made in runs.items()}

@@ -71,6 +71,12 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def wait(device: str) -> None:
+    """Until a GPU has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def ratio(above: Sequence[float], below: Sequence[float]) -> Spread:
     """Of the two sides of each round."""
     return Spread.of([a / b for a, b in zip(above, below, strict=True)])
@@ -145,11 +151,16 @@ def parse(arguments: argparse.ArgumentParser) -> argparse.Namespace:
     return wishes
 
 
-def save(out: Path, name: str, result: Mapping[str, Any], page: str) -> None:
-    """NAME.json and NAME.md, and the page on the screen."""
+def save_json(out: Path, name: str, result: Mapping[str, Any]) -> None:
+    """NAME.json."""
     out.mkdir(parents=True, exist_ok=True)
     whole = {"machine": machine(), **result}
     (out / f"{name}.json").write_text(json.dumps(whole, indent=1, default=asdict) + "\n", "utf-8")
+
+
+def save(out: Path, name: str, result: Mapping[str, Any], page: str) -> None:
+    """NAME.json and NAME.md, and the page on the screen."""
+    save_json(out, name, result)
     about = machine()
     line = f"{about['gpu'] or about['cpu']}, {about['threads']} thread(s), torch {about['torch']}"
     (out / f"{name}.md").write_text(f"{page}\n\n*{line}*\n", "utf-8")

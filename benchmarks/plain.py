@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 # The authors' settings (arXiv 2401.11504 and their code), but for dropout: it would make two runs differ.
 RANK, RATE, EPS, EPOCHS, WARM_UP, CLIP = 64, 5e-5, 1e-7, 2, 2, 1.0
@@ -76,17 +76,17 @@ class PlainLoop:
         return ids
 
 
-def generate(model: Any, ids: Sequence[int], tokens: int, cache: Cache | None = None) -> list[int]:
-    """The greedy tokens after ids. cache: of all of ids but the last, if there is one already."""
+def generate(model: Any, ids: Sequence[int], tokens: int, **more: Any) -> list[int]:
+    """The greedy tokens after ids. more: what else `generate` is told."""
     inputs = torch.tensor([list(ids)], device=model.device)
     with torch.no_grad():
         made = model.generate(
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),
-            past_key_values=cache,
             max_new_tokens=tokens,
             min_new_tokens=tokens,
             do_sample=False,
             repetition_penalty=1.0,
+            **more,
         )
     return made[0, len(ids) :].tolist()

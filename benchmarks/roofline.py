@@ -13,7 +13,7 @@ import torch
 from transformers import PretrainedConfig
 
 from benchmarks import shapes
-from benchmarks.measure import Spread, in_child, parse, parser, save
+from benchmarks.measure import Spread, parse, parser, save, wait
 from benchmarks.needs import Needs, Work, layers, recipe
 from templora.bench.tables import table
 
@@ -45,12 +45,6 @@ def best(run: Callable[[], Any], device: str = "cpu") -> float:
     return min(seconds)
 
 
-def wait(device: str) -> None:
-    """Until a GPU has done what it was given."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-
-
 def product_rate(rows: int, inner: int, columns: int, device: str, dtype: torch.dtype) -> float:
     """Operations a second of one matrix product, [rows, inner] by [columns, inner] transposed."""
     left = torch.rand(rows, inner, device=device).to(dtype)
@@ -68,7 +62,7 @@ def stream_rate(size: int, device: str, dtype: torch.dtype) -> float:
 
 
 def measured(config: PretrainedConfig, rows: int, device: str = "cpu", dtype: Any = None) -> dict[str, float]:
-    """Named rates: a square product, those of the shape at `rows` tokens, a large stream, one of the weights."""
+    """Named rates: products, square and of the shape at `rows` tokens; streams, large and of its weights."""
     dtype = dtype or torch.float32
     square = 1024 if device == "cpu" else 8192
     sizes = {"square": (square, square, square)}
@@ -90,7 +84,7 @@ def limits(rates: dict[str, float]) -> Rates:
 
 
 def of_shape(shape: str, rows: int) -> dict[str, float]:
-    """`measured`, for a process of its own."""
+    """`measured`, of a shape by name."""
     return measured(shapes.build(shape).config, rows)
 
 
@@ -112,7 +106,7 @@ def main() -> None:
     names, rows, window = (shapes.TOY, 16, 16) if wishes.toy else (wishes.shapes, 1024, 1024)
     results, lines = list[dict[str, Any]](), list[list[str]]()
     for name in names:
-        rates = highest([in_child(of_shape, name, rows) for _ in range(wishes.rounds)])
+        rates = highest([of_shape(name, rows) for _ in range(wishes.rounds)])
         best_rates, config = limits(rates), shapes.build(name).config
         paper = Needs(config, recipe("paper", window=window, context=window, chunk=rows))
         step = paper.step(rows, window)

@@ -60,7 +60,7 @@ def measure(shape: str, tokens: int, window: int, chunk: int, rounds: int) -> di
     nll: dict[str, float] = {}
     rates = list[dict[str, float]]()
     for _ in range(rounds):
-        rates.append(in_child(of_shape, shape, chunk))
+        rates.append(of_shape(shape, chunk))
         for side, made in seconds.items():
             if side == "plain":
                 taken, nll[side] = in_child(plain, shape, tokens, window, chunk, start)

@@ -110,7 +110,7 @@ def measure(shape: str, given: int, tokens: int, window: int, chunk: int, rounds
     peaks: dict[str, float] = {}
     rates = list[dict[str, float]]()
     for _ in range(rounds):
-        rates.append(in_child(of_shape, shape, chunk))
+        rates.append(of_shape(shape, chunk))
         for side, (run, how) in runs.items():
             taken, texts[side], peaks[side] = in_child(run, *size, how)
             seconds[side].append(taken)
