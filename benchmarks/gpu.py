@@ -92,7 +92,7 @@ class Bench:
         return _step(plain_steps(loop, ids_of(self.sizes.shape, chunk, chunk), chunk, chunk))
 
     def write(self, window: int) -> dict[str, Any]:
-        """Writing and learning with the default recipe, in a full window, for a third of the time left at most."""
+        """Writing and learning with the default recipe, window full, for at most a third of the time left."""
         session = self.base.session("default", seed=1, window=window, context=window)
         session.extend(shapes.ids(self.sizes.shape, 1 + window), "")
         session.chunk = window // session.plan.chunk  # given, and not learned

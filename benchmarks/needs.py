@@ -58,7 +58,9 @@ class Needs:
     def backward(self, tokens: int, seen: float) -> Work:
         """Gradients for the adapter, and for the states between it and the loss."""
         side = 4 * tokens * (self.lora + self.head_lora)
-        lowest = sum(a * b for name, (a, b) in self.layers.items() if name[:2] in ("q_", "k_", "v_"))
+        # Below the lowest queries, keys and values nothing learns.
+        rank = self.recipe.rank
+        lowest = sum(a * (b + rank) for name, (a, b) in self.layers.items() if name[:2] in ("q_", "k_", "v_"))
         states = 2 * tokens * (self.linear * self.adapted - lowest + self.head[0] * self.head[1])
         attention = 2 * self.attention(tokens, seen, self.adapted)
         read = self.size * (self.linear * self.adapted + self.head[0] * self.head[1])
