@@ -62,7 +62,7 @@ class Bench:
 
     def parts(self) -> dict[str, Part]:
         """By name, in order of worth."""
-        made: dict[str, Part] = {"rates": self.rates, "learn, ours": self.learn}
+        made: dict[str, Part] = {"limit of a step": self.rates, "learn, ours": self.learn}
         made["learn, plain loop"] = partial(self.plain, self.learn_plain)
         small, *larger = self.sizes.windows
         made[f"write, window {small}"] = partial(self.write, small)

@@ -75,7 +75,7 @@ class Needs:
             Work(12 * numbers, 28 * numbers),
         ]
         learned = epoch * self.recipe.epochs
-        # The paper's adapter is made anew with each chunk, and the keys of what it sees with it.
+        # Keys are of the adapter that made them: the paper makes the context's anew after each update.
         again = self.recipe.cache == "recompute" and seen
         return ([self.forward(seen, 0, 0, adapter=False)] if again else []) + learned
 
