@@ -22,6 +22,7 @@ from benchmarks.measure import parse, parser, peak_mb, save, save_json, wait
 from benchmarks.needs import Needs, recipe
 from benchmarks.plain import PlainLoop
 from benchmarks.roofline import limits, measured
+from benchmarks.willing import willing
 from templora.bench.tables import table
 from templora.events import ChunkScored, Token
 
@@ -93,7 +94,7 @@ class Bench:
 
     def write(self, window: int) -> dict[str, Any]:
         """Writing and learning with the default recipe, window full, for at most a third of the time left."""
-        session = self.base.session("default", seed=1, window=window, context=window)
+        session = willing(self.base.session("default", seed=1, window=window, context=window))
         session.extend(shapes.ids(self.sizes.shape, 1 + window), "")
         session.chunk = window // session.plan.chunk  # given, and not learned
         wishes: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0, "score_base": False}

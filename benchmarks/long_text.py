@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks import shapes
 from benchmarks.measure import ratio
+from benchmarks.willing import willing
 from templora.events import ChunkLearned, Event
 
 PIECES = 4  # turns in each round
@@ -25,7 +26,7 @@ def given(shape: str, tokens: int) -> list[int]:
 
 def grown(base: Any, ids: list[int], window: int, *, learned: bool) -> Any:
     """A session that has these tokens behind it. learned: each chunk was learned; else only the last few."""
-    session = base.session("default", seed=1, window=window, context=window)
+    session = willing(base.session("default", seed=1, window=window, context=window))
     session.extend(ids, "")
     if not learned:
         session.chunk = max(0, (len(ids) - 1) // session.plan.chunk - PIECES)
