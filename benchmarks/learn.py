@@ -149,7 +149,7 @@ def measure(shape: str, window: int, chunk: int, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure and save."""
-    arguments = parser(__doc__ or "", rounds=3)
+    arguments = parser(__doc__ or "", rounds=2)
     sizes(arguments, ["30m", "135m"], [1024], [1024], shapes.NAMES)
     wishes = parse(arguments)
     wanted = [("toy", 16, 16)] if wishes.toy else cases(wishes)

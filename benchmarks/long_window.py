@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks import long_text, shapes
 from benchmarks.long_text import given, grown
-from benchmarks.measure import Column, Spread, in_child, parse, parser, peak_mb, save
+from benchmarks.measure import Column, Spread, in_child, parse, parser, peak_mb, save, save_json
 from benchmarks.whole_window import DECODERS, costs, crossover, total
 from templora.bench.plot import canvas
 from templora.bench.plot import save as save_plot
@@ -153,6 +153,7 @@ def main() -> None:
         if "text" in wishes.parts:
             sizes = (wishes.window, wishes.short, wishes.long, wishes.rounds, not wishes.skip_history)
             texts.append(in_child(long_text.measure, name, *sizes))
+            save_json(wishes.out, "long_window", {"text": texts, "window": windows})
         if "window" in wishes.parts:
             lengths = [n for n in wishes.lengths if n <= POSITIONS.get(name, n)]
             windows.append(against(name, wishes.window, lengths, first, wishes.tokens, wishes.rounds))
