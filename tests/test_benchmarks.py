@@ -1,9 +1,10 @@
 """Each benchmark runs at toy size, and both of its sides compute the same; no time is asserted."""
 
+import importlib
 import json
-import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,37 @@ from templora.testing import tiny_llama
 ROOT = Path(__file__).parent.parent
 
 
-def run(name: str, out: Path, *options: str) -> dict[str, Any]:
-    """The JSON of a run at toy size."""
-    line = [sys.executable, "-m", f"benchmarks.{name}", "--toy", "--rounds", "1", "--out", str(out), *options]
-    subprocess.run(line, cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    results = json.loads((out / f"{name}.json").read_text("utf-8"))
-    assert results["machine"]["torch"]
-    return results
+Runs = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
+    """Runs a benchmark at toy size; its JSON. alone: in processes of its own, as a user does."""
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def runs(name: str, *options: str, alone: bool = False) -> dict[str, Any]:
+        line = ["--toy", "--rounds", "1", "--out", str(tmp_path), *options]
+        if alone:
+            subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *line], cwd=ROOT, check=True)
+        else:
+            module = importlib.import_module(f"benchmarks.{name}")
+            monkeypatch.setattr(sys, "argv", [name, *line])
+            # A process for each side is most of the time at this size.
+            monkeypatch.setattr(module, "in_child", lambda side, *args: side(*args), raising=False)
+            module.main()
+        return json.loads((tmp_path / f"{name}.json").read_text("utf-8"))
+
+    yield runs
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["learn", "score", "write"])
-def test_it_runs_and_both_sides_compute_the_same(name: str, tmp_path: Path) -> None:
-    for result in run(name, tmp_path)["results"]:
+def test_it_runs_and_both_sides_compute_the_same(name: str, run: Runs, tmp_path: Path) -> None:
+    whole = run(name, alone=name == "learn")
+    assert whole["machine"]["torch"]
+    for result in whole["results"]:
         assert all(min(seconds) > 0 for seconds in result["seconds"].values())
         assert set(result["share_of_limit"]) == set(result["seconds"])
     assert (tmp_path / f"{name}.md").read_text("utf-8").startswith("| base |")
@@ -41,35 +60,31 @@ def test_it_runs_and_both_sides_compute_the_same(name: str, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_the_roofline_runs(tmp_path: Path) -> None:
-    (result,) = run("roofline", tmp_path)["results"]
+def test_the_roofline_runs(run: Runs) -> None:
+    (result,) = run("roofline")["results"]
     assert all(rate > 0 for rate in result["rates"].values())
 
 
 @pytest.mark.slow
-def test_long_texts_run(tmp_path: Path) -> None:
-    results = run("long_window", tmp_path)
+def test_long_texts_run(run: Runs, tmp_path: Path) -> None:
+    results = run("long_window")
     (text,), (window,) = results["text"], results["window"]
-    assert set(text["write"]["seconds"]) == set(text["learn"]["seconds"]) == {"short", "long"}
     for kind in ("write", "learn"):
+        assert set(text[kind]["seconds"]) == {"short", "long"}
         assert text[kind]["learned"]["short"] == text[kind]["learned"]["long"] > 0
     assert [point["length"] for point in window["points"]] == [32, 64, 128]
     assert (tmp_path / "long_window.png").stat().st_size > 0
 
 
 @pytest.mark.slow
-def test_every_part_of_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
-    parts = run("gpu", tmp_path)["parts"]
+def test_every_part_of_the_gpu_benchmark_runs_on_a_cpu(run: Runs) -> None:
+    parts = run("gpu")["parts"]
     assert [name for name, part in parts.items() if "failed" in part] == []
     assert [name for name, part in parts.items() if "skipped" in part] == ["write with CUDA graphs"]
 
 
-def test_no_part_is_started_when_the_budget_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = ["gpu", "--toy", "--budget-minutes", "0", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", options)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    gpu.main()
-    parts = json.loads((tmp_path / "gpu.json").read_text("utf-8"))["parts"]
+def test_no_part_is_started_when_the_budget_is_used(run: Runs) -> None:
+    parts = run("gpu", "--budget-minutes", "0")["parts"]
     assert all("skipped" in part for part in parts.values())
 
 
