@@ -1,7 +1,8 @@
 """One learning step against the plain loop, at the authors' settings: time, peak memory, and the same NLL.
 
-Window = context = chunk, two epochs. Our step counts the pass over the context that makes its keys, and the
-pass that scores the chunk, which is its first epoch; the plain loop's scoring pass is not counted.
+Window = context, two epochs. Our step counts the pass over the context that makes its keys, and the
+pass that scores the chunk, which is its first epoch; the plain loop's scoring pass is not counted. The chunks
+that only fill the context are skipped on both sides, so that every step sees all of it.
 """
 
 import tempfile
@@ -14,41 +15,85 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import shapes
-from benchmarks.measure import Column, Spread, in_child, parser, peak_mb, ratio, save_table
+from benchmarks.measure import (
+    Column,
+    Spread,
+    cases,
+    in_child,
+    name_of,
+    parse,
+    parser,
+    peak_mb,
+    ratio,
+    save_bars,
+    save_table,
+    shares,
+    sizes,
+    wait,
+)
+from benchmarks.needs import Needs, recipe
 from benchmarks.plain import PlainLoop
+from benchmarks.roofline import highest, limits, of_shape, share
+from templora.base import Base
 from templora.events import ChunkLearned, ChunkScored
 
 # The context's keys without gradients; the rest is recipe `paper`.
 OURS: dict[str, Any] = {"dropout": 0.0, "context_from": "cache"}
-WARM = 2  # chunks that are not counted: the authors' rate is 0 on the first
+WARM, COUNTED = 1, 1  # steps of each process
+FILLED = 2  # at least so many chunks are skipped: the authors' rate is 0 on the first and half on the second
 
 
-def ours(shape: str, chunk: int, chunks: int) -> dict[str, Any]:
-    """Seconds of each counted step, NLL of each chunk, peak memory in MB."""
-    base = shapes.base(shape)
-    session = base.session("paper", seed=1, window=chunk, context=chunk, chunk=chunk, **OURS)
-    session.extend(shapes.ids(shape, 1 + chunk * chunks), "")
+def filled(window: int, chunk: int) -> int:
+    """Chunks before the first that is learned."""
+    return max(FILLED, -(-window // chunk))
+
+
+def ids_of(shape: str, window: int, chunk: int) -> list[int]:
+    """The text."""
+    return shapes.ids(shape, 1 + chunk * (filled(window, chunk) + WARM + COUNTED))
+
+
+def our_steps(base: Base, ids: list[int], window: int, chunk: int) -> dict[str, Any]:
+    """Seconds of each counted step, and NLL of each chunk."""
+    session = base.session("paper", seed=1, window=window, context=window, chunk=chunk, **OURS)
+    session.extend(ids, "")
+    session.chunk = filled(window, chunk)
     seconds, nll = list[float](), list[float]()
     for event in session.learning():
         if isinstance(event, ChunkLearned):
             seconds.append(event.seconds)
         elif isinstance(event, ChunkScored):
             nll.append(event.adapted_nll / event.tokens)
-    return {"seconds": seconds[WARM:], "nll": nll, "peak_mb": peak_mb()}
+    session.discard()
+    return {"seconds": seconds[WARM:], "nll": nll}
 
 
-def plain(shape: str, chunk: int, chunks: int, start: dict[str, torch.Tensor]) -> dict[str, Any]:
+def plain_steps(loop: PlainLoop, ids: list[int], window: int, chunk: int) -> dict[str, Any]:
     """The same, of the plain loop."""
-    loop, ids = PlainLoop(shapes.build(shape), start), shapes.ids(shape, 1 + chunk * chunks)
+    device = loop.model.device.type
+    loop.chunk = filled(window, chunk)
     seconds, nll = list[float](), list[float]()
-    for first in range(1, len(ids) - chunk + 1, chunk):
-        row, seen = ids[max(0, first - chunk) : first + chunk], min(first, chunk)
+    for first in range(1 + loop.chunk * chunk, len(ids) - chunk + 1, chunk):
+        row, seen = ids[max(0, first - window) : first + chunk], min(first, window)
         with torch.no_grad():
             nll.append(float(loop.nll(row, seen).mean()))
         started = time.perf_counter()
         loop.learn(row, seen)
+        wait(device)
         seconds.append(time.perf_counter() - started)
-    return {"seconds": seconds[WARM:], "nll": nll, "peak_mb": peak_mb()}
+    return {"seconds": seconds[WARM:], "nll": nll}
+
+
+def ours(shape: str, window: int, chunk: int) -> dict[str, Any]:
+    """`our_steps` and peak memory in MB."""
+    steps = our_steps(shapes.base(shape), ids_of(shape, window, chunk), window, chunk)
+    return steps | {"peak_mb": peak_mb()}
+
+
+def plain(shape: str, window: int, chunk: int, start: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """`plain_steps` and peak memory in MB."""
+    loop = PlainLoop(shapes.build(shape), start)
+    return plain_steps(loop, ids_of(shape, window, chunk), window, chunk) | {"peak_mb": peak_mb()}
 
 
 def loaded(shape: str) -> float:
@@ -65,20 +110,27 @@ def start_of(shape: str) -> dict[str, torch.Tensor]:
         return load_file(Path(folder) / "adapter_model.safetensors")
 
 
-def measure(shape: str, chunk: int, chunks: int, rounds: int) -> dict[str, Any]:
-    """All of one shape."""
+def measure(shape: str, window: int, chunk: int, rounds: int) -> dict[str, Any]:
+    """All of one shape and size."""
     start = start_of(shape)
     runs: dict[str, list[dict[str, Any]]] = {"ours": [], "plain": []}
+    rates = list[dict[str, float]]()
     for _ in range(rounds):
-        runs["ours"].append(in_child(ours, shape, chunk, chunks))
-        runs["plain"].append(in_child(plain, shape, chunk, chunks, start))
+        runs["ours"].append(in_child(ours, shape, window, chunk))
+        runs["plain"].append(in_child(plain, shape, window, chunk, start))
+        rates.append(of_shape(shape, chunk))
     apart = max(abs(a - b) for a, b in zip(runs["ours"][0]["nll"], runs["plain"][0]["nll"], strict=True))
     assert apart < 1e-3, f"both sides must compute the same, but NLLs are {apart} apart"
     seconds = {side: [median(run["seconds"]) for run in made] for side, made in runs.items()}
     peaks = {side: [run["peak_mb"] for run in made] for side, made in runs.items()}
     empty = in_child(loaded, shape)
+    needs = Needs(
+        shapes.build(shape).config, recipe("paper", window=window, context=window, chunk=chunk, **OURS)
+    )
+    limit = limits(highest(rates)).seconds(needs.step(chunk, window))
     return {
         "shape": shape,
+        "window": window,
         "chunk": chunk,
         "nll_apart": apart,
         "seconds": seconds,
@@ -89,19 +141,22 @@ def measure(shape: str, chunk: int, chunks: int, rounds: int) -> dict[str, Any]:
         "memory_above_model": ratio(
             [peak - empty for peak in peaks["ours"]], [peak - empty for peak in peaks["plain"]]
         ),
+        "rates": highest(rates),
+        "limit_seconds": limit,
+        "share_of_limit": {side: share(limit, made) for side, made in seconds.items()},
     }
 
 
 def main() -> None:
     """Measure and save."""
-    arguments = parser(__doc__ or "")
-    arguments.add_argument("--shapes", nargs="+", default=["30m", "135m"], choices=[*shapes.NAMES])
-    arguments.add_argument("--chunk", type=int, default=1024)
-    wishes = arguments.parse_args()
-    names, chunk, chunks = (shapes.TOY, 16, 4) if wishes.toy else (wishes.shapes, wishes.chunk, WARM + 1)
-    results = [measure(name, chunk, chunks, wishes.rounds) for name in names]
+    arguments = parser(__doc__ or "", rounds=2)
+    sizes(arguments, ["30m", "135m"], [1024], [1024], shapes.NAMES)
+    wishes = parse(arguments)
+    wanted = [("toy", 16, 16)] if wishes.toy else cases(wishes)
+    results = [measure(*case, wishes.rounds) for case in wanted]
     columns: dict[str, Column] = {
         "base": lambda r: r["shape"],
+        "window": lambda r: str(r["window"]),
         "chunk": lambda r: str(r["chunk"]),
         "plain step": lambda r: Spread.of(r["seconds"]["plain"]).text(" s"),
         "ours": lambda r: Spread.of(r["seconds"]["ours"]).text(" s"),
@@ -109,8 +164,11 @@ def main() -> None:
         "peak memory": lambda r: r["memory"].text(" ×"),
         "above the model's": lambda r: r["memory_above_model"].text(" ×"),
         "NLL apart": lambda r: f"{r['nll_apart']:.0e}",
+        "share of the limit: plain, ours": lambda r: shares(r, "plain", "ours"),
     }
     save_table(wishes.out, "learn", results, columns)
+    bars = {name_of(r): {side: Spread.of(made) for side, made in r["seconds"].items()} for r in results}
+    save_bars(wishes.out, "learn", bars, "seconds a step")
 
 
 if __name__ == "__main__":

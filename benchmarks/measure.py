@@ -9,6 +9,7 @@ import resource
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 
 import templora
+from templora.bench.plot import canvas
+from templora.bench.plot import save as save_plot
 from templora.bench.tables import table
 
 Column = Callable[[Mapping[str, Any]], str]
@@ -68,6 +71,12 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def wait(device: str) -> None:
+    """Until a GPU has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def ratio(above: Sequence[float], below: Sequence[float]) -> Spread:
     """Of the two sides of each round."""
     return Spread.of([a / b for a, b in zip(above, below, strict=True)])
@@ -104,11 +113,54 @@ def parser(about: str, rounds: int = 5) -> argparse.ArgumentParser:
     return made
 
 
-def save(out: Path, name: str, result: Mapping[str, Any], page: str) -> None:
-    """NAME.json and NAME.md, and the page on the screen."""
+def sizes(
+    arguments: argparse.ArgumentParser,
+    names: Sequence[str],
+    windows: Sequence[int],
+    chunks: Sequence[int],
+    choices: Sequence[str],
+) -> None:
+    """Options for bases, windows and chunks, any number of each; the values are what is run by default."""
+    arguments.add_argument("--shapes", nargs="+", default=names, choices=choices)
+    arguments.add_argument(
+        "--windows", nargs="+", type=int, default=windows, help="in tokens; context = window"
+    )
+    arguments.add_argument("--chunks", nargs="+", type=int, default=chunks, help="in tokens")
+
+
+def cases(wishes: argparse.Namespace) -> list[tuple[str, int, int]]:
+    """Each base with each window and each chunk."""
+    return list(product(wishes.shapes, wishes.windows, wishes.chunks))
+
+
+def name_of(result: Mapping[str, Any]) -> str:
+    """What was measured, for a picture."""
+    return f"{result['shape']}\nwindow {result['window']}\nchunk {result['chunk']}"
+
+
+def shares(result: Mapping[str, Any], *sides: str) -> str:
+    """For a table: the median share of the limit that each side reaches."""
+    return ", ".join(f"{result['share_of_limit'][side].median:.0f} %" for side in sides)
+
+
+def parse(arguments: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options; from here on torch has the threads that were asked for, in child processes too."""
+    wishes = arguments.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(wishes.threads)
+    torch.set_num_threads(wishes.threads)
+    return wishes
+
+
+def save_json(out: Path, name: str, result: Mapping[str, Any]) -> None:
+    """NAME.json."""
     out.mkdir(parents=True, exist_ok=True)
     whole = {"machine": machine(), **result}
     (out / f"{name}.json").write_text(json.dumps(whole, indent=1, default=asdict) + "\n", "utf-8")
+
+
+def save(out: Path, name: str, result: Mapping[str, Any], page: str) -> None:
+    """NAME.json and NAME.md, and the page on the screen."""
+    save_json(out, name, result)
     about = machine()
     line = f"{about['gpu'] or about['cpu']}, {about['threads']} thread(s), torch {about['torch']}"
     (out / f"{name}.md").write_text(f"{page}\n\n*{line}*\n", "utf-8")
@@ -121,3 +173,22 @@ def save_table(
     """`save`, with a row a result. columns: its name, and its cell of a result."""
     rows = [[cell(result) for cell in columns.values()] for result in results]
     save(out, name, {"results": results}, table(list(columns), rows))
+
+
+def save_bars(
+    out: Path, name: str, groups: Mapping[str, Mapping[str, Spread]], ylabel: str, digits: int = 1
+) -> None:
+    """NAME.png: a group of bars for each case, a bar for each side, its range as a thin line."""
+    figure, (axes,) = canvas()
+    sides = list(dict.fromkeys(side for bars in groups.values() for side in bars))
+    width = 0.8 / len(sides)
+    for place, side in enumerate(sides):
+        spreads = [bars[side] for bars in groups.values()]
+        middles = [spread.median for spread in spreads]
+        beyond = [[s.median - s.least for s in spreads], [s.most - s.median for s in spreads]]
+        places = [group + (place - (len(sides) - 1) / 2) * width for group in range(len(groups))]
+        bars = axes.bar(places, middles, width, yerr=beyond, error_kw={"linewidth": 0.8}, label=side)
+        axes.bar_label(bars, fmt=f"%.{digits}f", fontsize=7)
+    axes.set_xticks(range(len(groups)), list(groups))
+    axes.set(ylabel=ylabel)
+    save_plot(figure, [axes], out / f"{name}.png")

@@ -37,8 +37,9 @@ class PlainLoop:
 
     def nll(self, ids: Sequence[int], start: int) -> Tensor:
         """NLL of ids[start:] in nats, [tokens], from logits of all of ids."""
-        logits = self.model(input_ids=torch.tensor([list(ids)])).logits[0]  # [tokens, vocab]
-        return cross_entropy(logits[start - 1 : -1].float(), torch.tensor(ids[start:]), reduction="none")
+        rows = torch.tensor(list(ids), device=self.model.device)
+        logits = self.model(input_ids=rows.unsqueeze(0)).logits[0]  # [tokens, vocab]
+        return cross_entropy(logits[start - 1 : -1].float(), rows[start:], reduction="none")
 
     def learn(self, ids: Sequence[int], start: int) -> None:
         """Two optimiser steps on ids[start:], seeing what stands before them."""
@@ -67,19 +68,25 @@ class PlainLoop:
         ids = list(ids)
         while tokens > 0:
             start = len(ids)
-            inputs = torch.tensor([ids[max(0, start - window) :]])
-            with torch.no_grad():
-                made = self.model.generate(
-                    input_ids=inputs,
-                    attention_mask=torch.ones_like(inputs),
-                    max_new_tokens=min(chunk, tokens),
-                    min_new_tokens=min(chunk, tokens),
-                    do_sample=False,
-                    repetition_penalty=1.0,
-                )
-            new = made[0, inputs.shape[1] :].tolist()
+            new = generate(self.model, ids[max(0, start - window) :], min(chunk, tokens))
             ids += new
             tokens -= len(new)
             if len(new) == chunk:
                 self.learn(ids[max(0, start - window) :], min(start, window))
         return ids
+
+
+def generate(model: Any, ids: Sequence[int], tokens: int, **more: Any) -> list[int]:
+    """The greedy tokens after ids. more: what else `generate` is told."""
+    inputs = torch.tensor([list(ids)], device=model.device)
+    with torch.no_grad():
+        made = model.generate(
+            input_ids=inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            repetition_penalty=1.0,
+            **more,
+        )
+    return made[0, len(ids) :].tolist()

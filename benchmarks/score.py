@@ -9,8 +9,23 @@ from typing import Any
 
 from benchmarks import shapes
 from benchmarks.learn import start_of
-from benchmarks.measure import Column, Spread, in_child, parser, ratio, save_table
+from benchmarks.measure import (
+    Column,
+    Spread,
+    cases,
+    in_child,
+    name_of,
+    parse,
+    parser,
+    ratio,
+    save_bars,
+    save_table,
+    shares,
+    sizes,
+)
+from benchmarks.needs import Needs, recipe
 from benchmarks.plain import PlainLoop
+from benchmarks.roofline import highest, limits, of_shape, share
 from templora.events import ChunkScored
 
 SIDES: dict[str, dict[str, Any]] = {
@@ -43,7 +58,9 @@ def measure(shape: str, tokens: int, window: int, chunk: int, rounds: int) -> di
     start = start_of(shape)
     seconds: dict[str, list[float]] = {"plain": [], **{side: [] for side in SIDES}}
     nll: dict[str, float] = {}
+    rates = list[dict[str, float]]()
     for _ in range(rounds):
+        rates.append(of_shape(shape, chunk))
         for side, made in seconds.items():
             if side == "plain":
                 taken, nll[side] = in_child(plain, shape, tokens, window, chunk, start)
@@ -54,20 +71,31 @@ def measure(shape: str, tokens: int, window: int, chunk: int, rounds: int) -> di
     assert abs(apart["exact"]) < 1e-4, f"NLLs must be the same, but are {apart['exact']:+.2%} apart"
     assert abs(apart["cached"]) < 1e-3, f"NLLs must be within 0.1 %, but are {apart['cached']:+.2%} apart"
     faster = {side: ratio(seconds["plain"], seconds[side]) for side in SIDES}
-    sizes = {"shape": shape, "tokens": tokens, "window": window, "chunk": chunk}
-    return {**sizes, "seconds": seconds, "nll": nll, "apart": apart, "faster": faster}
+    least = recipe("paper", window=window, context=window, chunk=chunk, **SIDES["cached"])
+    limit = limits(highest(rates)).seconds(Needs(shapes.build(shape).config, least).scored(tokens))
+    return {
+        "shape": shape,
+        "tokens": tokens,
+        "window": window,
+        "chunk": chunk,
+        "seconds": seconds,
+        "nll": nll,
+        "apart": apart,
+        "faster": faster,
+        "rates": highest(rates),
+        "limit_seconds": limit,
+        "share_of_limit": {side: share(limit, made) for side, made in seconds.items()},
+    }
 
 
 def main() -> None:
     """Measure and save."""
     arguments = parser(__doc__ or "")
-    arguments.add_argument("--tokens", type=int, default=4096)
-    wishes = arguments.parse_args()
-    cases = [("novelist", 256, 256), ("novelist", 1024, 256)]
-    tokens = wishes.tokens
-    if wishes.toy:
-        cases, tokens = [("toy", 16, 16)], 64
-    results = [measure(name, tokens, window, chunk, wishes.rounds) for name, window, chunk in cases]
+    sizes(arguments, ["novelist"], [256, 1024], [256], shapes.NAMES)
+    arguments.add_argument("--tokens", type=int, default=2048)
+    wishes = parse(arguments)
+    wanted, tokens = ([("toy", 16, 16)], 64) if wishes.toy else (cases(wishes), wishes.tokens)
+    results = [measure(name, tokens, window, chunk, wishes.rounds) for name, window, chunk in wanted]
     columns: dict[str, Column] = {
         "base": lambda r: r["shape"],
         "window": lambda r: str(r["window"]),
@@ -77,8 +105,14 @@ def main() -> None:
         "`exact`: NLL": lambda r: f"{100 * r['apart']['exact']:+.4f} %",
         "`cached` is faster": lambda r: f"**{r['faster']['cached'].text(' ×')}**",
         "`cached`: NLL": lambda r: f"{100 * r['apart']['cached']:+.4f} %",
+        "share of the limit: plain, `exact`, `cached`": lambda r: shares(r, "plain", "exact", "cached"),
     }
     save_table(wishes.out, "score", results, columns)
+    bars = {
+        name_of(r): {side: Spread.of([r["tokens"] / s for s in made]) for side, made in r["seconds"].items()}
+        for r in results
+    }
+    save_bars(wishes.out, "score", bars, "tokens a second")
 
 
 if __name__ == "__main__":

@@ -6,22 +6,24 @@ Time and memory do not depend on the weights; what both sides compute is compare
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import templora
 from templora.testing import tiny_llama
 
-# hidden, intermediate, blocks, heads, key/value heads, vocabulary; the last is SmolLM2-135M's shape.
+# hidden, intermediate, blocks, heads, key/value heads, vocabulary; 135m is SmolLM2-135M's shape.
 SHAPES = {
     "30m": (384, 1024, 10, 6, 6, 32_000),
     "135m": (576, 1536, 30, 9, 3, 49_152),
+    "llama-2-7b": (4096, 11_008, 32, 32, 32, 32_000),
 }
-NAMES = ("novelist", *SHAPES)
+NAMES = ("novelist", "30m", "135m")  # what a CPU can run
 TOY = ("toy",)
+COMMON = {"toy": 257}  # words in use; 2,000 elsewhere
 
 
-def build(name: str, positions: int = 4096) -> PreTrainedModel:
-    """A model by name, in fp32; the same weights each time."""
+def build(name: str, positions: int = 4096, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model by name; the same weights each time. A random one is made on the default device."""
     if name == "novelist":
         return templora.load(name).model
     if name == "toy":
@@ -36,11 +38,11 @@ def build(name: str, positions: int = 4096) -> PreTrainedModel:
         num_key_value_heads=kv_heads,
         vocab_size=vocabulary,
         max_position_embeddings=positions,
-        tie_word_embeddings=True,
+        tie_word_embeddings=name != "llama-2-7b",
         bos_token_id=0,
         eos_token_id=0,
     )
-    return LlamaForCausalLM(config).eval()
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def base(name: str, positions: int = 4096) -> templora.Base:
@@ -55,8 +57,7 @@ def ids(name: str, tokens: int) -> list[int]:
         found = templora.load(name).encode("".join(page.read_text("utf-8") for page in pages))
         assert len(found) >= tokens, f"the docs have {len(found)} tokens"
         return found[:tokens]
-    vocabulary = min(build(name).config.vocab_size, 2000)
-    ranks = torch.arange(1, vocabulary, dtype=torch.float)
+    ranks = torch.arange(1, COMMON.get(name, 2000), dtype=torch.float, device="cpu")
     draw = torch.Generator().manual_seed(1)
     chosen = torch.multinomial(1 / ranks, tokens, replacement=True, generator=draw)
     return (chosen + 1).tolist()
