@@ -16,8 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from templora import kernels, loading
+from templora.cache import WindowCache
 from templora.cross_entropy import linear_nll, logits_nll
 from templora.probe import Probe, probe
+from templora.step import step_of
 
 # What configs call it: nearly all of them, MPT, BLOOM.
 POSITIONS = ("max_position_embeddings", "max_seq_len", "seq_length")
@@ -36,6 +38,7 @@ class Base:
         model.requires_grad_(False)
         self._tokenizer = tokenizer
         self._probe: Probe = probe(model)
+        self._step = step_of(model)
         text = model.config.get_text_config()
         self.positions: int | None = next((n for key in POSITIONS if (n := getattr(text, key, None))), None)
         self.vocabulary: int = text.vocab_size
@@ -134,6 +137,9 @@ class Base:
         Returns:
             Logits after the last of them, [vocab], in the model's dtype.
         """
+        if self._step and len(ids) == 1 and isinstance(cache, WindowCache) and cache.layers:
+            with torch.no_grad():
+                return self._step(ids[0], position, cache)
         with torch.no_grad(), kernels.fast(len(ids), device=self.device):
             if self._probe.plain_head:
                 return self.head(self._hidden(ids, position, cache)[-1:])[0]
