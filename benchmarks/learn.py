@@ -2,8 +2,8 @@
 
 Window = context, two epochs. Our step counts the pass over the context that makes its keys, and the
 pass that scores the chunk, which is its first epoch; the plain loop's scoring pass is not counted. The chunks
-that only fill the context are skipped on both sides, so that every step sees all of it. The first chunk's NLL must
-be the same on both sides; after a step they part, because ours takes no gradient through the context.
+that only fill the context are skipped on both sides, so that every step sees all of it. The first chunk's NLL
+must be the same on both sides; after a step they part, for ours takes no gradient through the context.
 """
 
 import tempfile
