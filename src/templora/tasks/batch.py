@@ -1,0 +1,120 @@
+"""Several texts at once on one base: the loops over a `Batch`, and whom each event is of.
+
+A text gets what it would get alone, in the same order; only the order among texts is the batch's.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from templora.base import Base
+from templora.batch import Batch, Text
+from templora.errors import InvalidText
+from templora.events import Event
+from templora.pen import Wishes
+from templora.sampling import Sampling
+from templora.tasks.score import Scores
+
+
+def scoring(
+    batch: Batch, documents: Iterable[Sequence[int]], *, seed: int = 0, score_base: bool = True
+) -> Iterator[tuple[Text, Event | None]]:
+    """`tasks.score.scoring` of many documents: as soon as one is over, the next takes its place.
+
+    Args:
+        documents: token ids of each; one is asked for when there is room for it.
+
+    Yields:
+        Each event with the text it is of; None as the last of a text. `Text.number` counts from 0.
+    """
+    waiting = enumerate(documents)
+    while True:
+        while len(batch.texts) < batch.size and (following := next(waiting, None)) is not None:
+            number, ids = following
+            joined = batch.join(ids, seed=seed, number=number)
+            yield from ((joined, event) for event in joined.announcements())
+            yield from _let_go(batch)
+        if not batch.texts:
+            return
+        for text, events in batch.finish_chunks(score_base=score_base):
+            yield from ((text, event) for event in events)
+        yield from _let_go(batch)
+
+
+def score_batch(
+    base: Base,
+    texts: Sequence[str],
+    recipe: Any = "default",
+    *,
+    size: int = 8,
+    seed: int = 0,
+    score_base: bool = True,
+    **overrides: Any,
+) -> list[Scores]:
+    """Score several texts, each on a fresh adapter, `size` of them at once.
+
+    Args:
+        score_base: also score each chunk under the bare base with the same window.
+        recipe, seed, overrides: as for `Base.session`.
+
+    Returns:
+        Of each text what `tasks.score.score` says of it, within rounding.
+
+    Raises:
+        InvalidRecipe, UnsupportedModel: this recipe or base must run its texts one at a time.
+    """
+    documents = [base.encode(text) for text in texts]
+    scores = [Scores.of(base, ids) for ids in documents]
+    batch = Batch(base, recipe, size=size, **overrides)
+    for text, event in scoring(batch, documents, seed=seed, score_base=score_base):
+        if event is None:
+            text.discard()
+        else:
+            scores[text.number].take(event)
+    return scores
+
+
+def writing(
+    batch: Batch, prompts: Sequence[str], wishes: Wishes, *, seed: int = 0
+) -> Iterator[tuple[Text, Event]]:
+    """Read each prompt and write on, as `Session.reading` and `Session.write` do, `batch.size` prompts at once.
+
+    Yields:
+        Each event with the text it is of; the last of a text is its `End`. Prompts of like length run together.
+    """
+    if not all(prompts):
+        raise InvalidText(f"prompt {[*map(bool, prompts)].index(False) + 1} is empty; give it some text")
+    ids = [batch.base.encode(prompt) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda number: -len(ids[number]))
+    for start in range(0, len(order), batch.size):
+        group = order[start : start + batch.size]
+        for text, event in _reading(batch, [(n, ids[n], prompts[n]) for n in group], wishes, seed):
+            assert text.pen is not None
+            text.pen.count(event)
+            yield text, event
+        while batch.texts:
+            yield from _chunk(batch, wishes)
+
+
+def _reading(
+    batch: Batch, group: Sequence[tuple[int, Sequence[int], str]], wishes: Wishes, seed: int
+) -> Iterator[tuple[Text, Event]]:
+    """Learn what is given; longer prompts begin earlier, so that all are read at the same time.
+
+    group: number, ids and text of each prompt, longest first.
+    """
+    waiting, to_read = list(group), 0
+    while True:
+        while waiting:
+            number, ids, prompt = waiting[0]
+            if batch.texts and len(ids) // batch.recipe_chunk < to_read:
+                break
+            waiting.pop(0)
+            joined = batch.join(ids, prompt, seed=seed, number=number)
+            joined.begin(wishes)
+            to_read = joined.full_chunks
+            yield from ((joined, event) for event in joined.announcements())
+        if to_read == 0:
+            return
+        for text, events in batch.finish_chunks(score_base=wishes.score_base):
+            yield from ((text, event) for event in events)
+        to_read -= 1
