@@ -35,8 +35,9 @@ class Text(Session):
     def __init__(self, base: Base, recipe: Recipe, seed: int, number: int) -> None:
         super().__init__(base, recipe, seed=seed)
         self.number = number
-        self.pen: Pen | None = None
-        self.passes = self.study.passes = _Passes(base, self.adapter, self.plan, self.recipe)
+        self._pen: Pen | None = None
+        self.passes: _Passes = _Passes(base, self.adapter, self.plan, self.recipe)
+        self.study.passes, self.decoder = self.passes, self.passes.decoder
 
     @property
     def span(self) -> Span:
@@ -50,6 +51,11 @@ class Text(Session):
         return len(self.ids) >= self.plan.span(self.chunk).stop
 
     @property
+    def full_chunks(self) -> int:
+        """How many are complete and not learned yet."""
+        return max(0, len(self.ids) - self.plan.span(self.chunk).start) // self.plan.chunk
+
+    @property
     def row(self) -> Row:
         """What a pass needs to know of it."""
         return Row(self.ids, self.span, self.adapter)
@@ -61,18 +67,23 @@ class Text(Session):
     def begin(self, wishes: Wishes) -> None:
         """Get ready to write."""
         self._check_open()
-        self.pen = Pen(self.base, wishes, self.ids)
+        self._pen = Pen(self.base, wishes, self.ids)
 
     def draw(self, logits: torch.Tensor) -> Token | None:
         """Write one token, from [vocab]; None if it ends the text."""
         pen, span = self.pen, self.plan.span(self.chunk)
-        assert pen is not None
         visible = self.ids[span.visible :]
         token = self.sampler.draw(logits, visible, pen.processors, greedy=pen.greedy)
         if (piece := pen.take(token)) is None:
             return None
         self._append(token, piece)
         return Token(len(self.ids) - 1, token, piece)
+
+    @property
+    def pen(self) -> Pen:
+        """How it is written."""
+        assert self._pen is not None, "begin() comes first"
+        return self._pen
 
     @property
     def written(self) -> int:
@@ -112,25 +123,29 @@ class Batch:
         self.texts: list[Text] = []
         self._passes: RowPasses | None = None
 
-    def join(self, ids: Sequence[int], text: str = "", *, seed: int = 0, number: int = 0) -> Text:
-        """Take in a text of these tokens, with a fresh adapter; there must be room."""
+    def text(self, ids: Sequence[int], text: str = "", *, seed: int = 0, number: int = 0) -> Text:
+        """A text of these tokens with a fresh adapter, which may `join`."""
+        made = Text(self.base, self.recipe, seed, number)
+        made.extend(ids, text)
+        return made
+
+    def join(self, text: Text) -> None:
+        """Take in a text that has not been learned from yet; there must be room."""
         assert len(self.texts) < self.size, "the batch is full"
-        joined = Text(self.base, self.recipe, seed, number)
-        joined.extend(ids, text)
+        assert text.chunk == 0, "a text joins at its beginning"
         if self._passes is None:
-            stack = Stack(joined.adapter, self.size)
-            self._passes = RowPasses(self.base, stack, joined.plan, self.recipe, self.size)
-        self._passes.join(joined.adapter)
-        joined.passes.together = self._passes  # pyright: ignore[reportAttributeAccessIssue]
-        self.texts.append(joined)
-        return joined
+            stack = Stack(text.adapter, self.size)
+            self._passes = RowPasses(self.base, stack, text.plan, self.recipe, self.size)
+        self._passes.join(text.adapter)
+        text.passes.together = self._passes
+        self.texts.append(text)
 
     def leave(self, text: Text) -> None:
         """Let a text go: from now on it is a session that runs alone."""
         assert self._passes is not None
         row = self.texts.index(text)
         self._passes.leave(row)
-        text.passes.together = None  # pyright: ignore[reportAttributeAccessIssue]
+        text.passes.together = None
         # As in the rows: the last takes its place.
         self.texts[row] = self.texts[-1]
         self.texts.pop()
@@ -152,7 +167,7 @@ class Batch:
         offset = min(len(text.ids) - start for text, start in zip(self.texts, starts, strict=True))
         clock = time.perf_counter()
         for step in range(offset, size):
-            writing = [(row, text) for row, text in enumerate(self.texts) if not _pen(text).done]
+            writing = [(row, text) for row, text in enumerate(self.texts) if not text.pen.done]
             if not writing:
                 return
             logits = self._logits(step)
@@ -221,11 +236,6 @@ class Batch:
 def _sums(nll: torch.Tensor, rows: Sequence[Row]) -> list[float]:
     """NLL of each chunk in nats, from [texts, tokens]."""
     return [float(own[: row.span.tokens].sum()) for own, row in zip(nll.detach(), rows, strict=True)]
-
-
-def _pen(text: Text) -> Pen:
-    assert text.pen is not None, "begin() comes first"
-    return text.pen
 
 
 def _refuse(base: Base, recipe: Recipe, size: int) -> None:

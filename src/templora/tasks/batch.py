@@ -30,7 +30,8 @@ def scoring(
     while True:
         while len(batch.texts) < batch.size and (following := next(waiting, None)) is not None:
             number, ids = following
-            joined = batch.join(ids, seed=seed, number=number)
+            joined = batch.text(ids, seed=seed, number=number)
+            batch.join(joined)
             yield from ((joined, event) for event in joined.announcements())
             yield from _let_go(batch)
         if not batch.texts:
@@ -86,35 +87,50 @@ def writing(
     ids = [batch.base.encode(prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda number: -len(ids[number]))
     for start in range(0, len(order), batch.size):
-        group = order[start : start + batch.size]
-        for text, event in _reading(batch, [(n, ids[n], prompts[n]) for n in group], wishes, seed):
-            assert text.pen is not None
+        group = [batch.text(ids[n], prompts[n], seed=seed, number=n) for n in order[start : start + batch.size]]
+        yield from _reading(batch, group, wishes.score_base)
+        for text in batch.texts:
+            text.begin(wishes)
+        while batch.texts:
+            yield from _writing(batch, wishes.score_base)
+
+
+def _reading(batch: Batch, group: Sequence[Text], score_base: bool) -> Iterator[tuple[Text, Event]]:
+    """Learn what is given; a longer text begins earlier, so that all are read to their end at the same time.
+
+    group: longest first.
+    """
+    for left in range(group[0].full_chunks, -1, -1):
+        for text in group[len(batch.texts) :]:
+            if text.full_chunks >= left:
+                batch.join(text)
+                yield from ((text, event) for event in text.announcements())
+        if left:
+            for text, events in batch.finish_chunks(score_base=score_base):
+                yield from ((text, event) for event in events)
+
+
+def _writing(batch: Batch, score_base: bool) -> Iterator[tuple[Text, Event]]:
+    """One chunk of every text; texts that are done leave, learned if their chunk is full."""
+    yield from batch.write_chunk()
+    yield from _ends(batch, [text for text in batch.texts if not text.is_full])
+    if not batch.texts:
+        return
+    for text, events in batch.finish_chunks(score_base=score_base):
+        for event in events:
             text.pen.count(event)
             yield text, event
-        while batch.texts:
-            yield from _chunk(batch, wishes)
+    yield from _ends(batch, [text for text in batch.texts if text.pen.done])
 
 
-def _reading(
-    batch: Batch, group: Sequence[tuple[int, Sequence[int], str]], wishes: Wishes, seed: int
-) -> Iterator[tuple[Text, Event]]:
-    """Learn what is given; longer prompts begin earlier, so that all are read at the same time.
+def _ends(batch: Batch, texts: Sequence[Text]) -> Iterator[tuple[Text, Event]]:
+    for text in texts:
+        batch.leave(text)
+        yield text, text.pen.end()
 
-    group: number, ids and text of each prompt, longest first.
-    """
-    waiting, to_read = list(group), 0
-    while True:
-        while waiting:
-            number, ids, prompt = waiting[0]
-            if batch.texts and len(ids) // batch.recipe_chunk < to_read:
-                break
-            waiting.pop(0)
-            joined = batch.join(ids, prompt, seed=seed, number=number)
-            joined.begin(wishes)
-            to_read = joined.full_chunks
-            yield from ((joined, event) for event in joined.announcements())
-        if to_read == 0:
-            return
-        for text, events in batch.finish_chunks(score_base=wishes.score_base):
-            yield from ((text, event) for event in events)
-        to_read -= 1
+
+def _let_go(batch: Batch) -> Iterator[tuple[Text, None]]:
+    """Texts that are scored to their end."""
+    for text in [text for text in batch.texts if text.span.tokens < 1]:
+        batch.leave(text)
+        yield text, None
