@@ -1,8 +1,8 @@
-"""Several texts in lockstep on one base: each is scored, learned and written as it would be alone, only sooner.
+"""Several texts in lockstep on one base: each is scored, learned and written as it would be alone.
 
 A text in a batch is a session like any other, with its own adapter, optimiser, guard and random state. All
-texts do the same step of their chunk at the same time, and what would be a pass for each is one for all. A text
-joins and leaves between two chunks. Batches live in memory; a session on disk runs alone.
+texts do the same step of their chunk at the same time, and what would be a pass for each is one for all. A
+text joins at its beginning and leaves between two chunks. Batches live in memory; a session on disk runs alone.
 """
 
 import time
@@ -199,13 +199,12 @@ class Batch:
         base = self._base_sums(rows, score_base)
         happened: Happened = []
         to_learn: list[int] = []
-        for index, (text, row) in enumerate(zip(texts, rows, strict=True)):
+        for text, row, own, bare in zip(texts, rows, adapted, base, strict=True):
+            span = row.span
+            events: list[Event] = [ChunkScored(span.chunk, span.start, span.tokens, own, bare)]
             if text.is_full:
-                events, learns = text.study.judge(text.ids, row.span, text.written, adapted[index], base[index])
-                to_learn += [index] * learns
-            else:
-                span = row.span
-                events = [ChunkScored(span.chunk, span.start, span.tokens, adapted[index], base[index])]
+                events, learns = text.study.judge(text.ids, span, text.written, own, bare)
+                to_learn += [len(happened)] * learns
             happened.append((text, events))
         if one_pass and to_learn:
             began = time.perf_counter()

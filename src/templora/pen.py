@@ -1,4 +1,4 @@
-"""What a model writes, token by token: how it is drawn, what text it makes, when it ends. It moves no tensors."""
+"""What a model writes, token by token: how it is drawn, what text it makes, when it ends. No tensors here."""
 
 import time
 from collections.abc import Sequence
@@ -84,6 +84,4 @@ class Pen:
         """What it came to."""
         base, adapted = self._scored
         seconds = time.perf_counter() - self._started
-        return End(
-            self.reason, self.written, seconds, adapted.tokens, base.perplexity, adapted.perplexity
-        )
+        return End(self.reason, self.written, seconds, adapted.tokens, base.perplexity, adapted.perplexity)

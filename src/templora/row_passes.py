@@ -1,7 +1,7 @@
 """Passes over the chunks of several texts at once: scored, learned, written.
 
-What costs little when done at once is done at once: a chunk of every text, the next token of every text. Windows are
-filled one by one, since so many tokens leave nothing idle. The counterpart of `passes` and `decoder`.
+A chunk of every text is one pass, and so is the next token of every text. Windows are filled one by one, since
+so many tokens leave no machine idle. The counterpart of `passes` and `decoder`.
 """
 
 from collections.abc import Sequence
@@ -72,7 +72,7 @@ class RowPasses:
         return self._nll(self.bare, rows, max(row.span.tokens for row in rows))
 
     def nll_of(self, row: Row, context: int) -> Tensor:
-        """NLL of one text's chunk, [tokens] in nats, seeing `context` tokens; its adapter must be attached."""
+        """One text's chunk: NLL in nats, [tokens], seeing `context` tokens, under its attached adapter."""
         index = self.stack.adapters.index(row.adapter)
         prefix, place = self.adapted.prefix_of(index, context), self.adapted.places[index]
         start, stop = row.span.start, row.span.stop

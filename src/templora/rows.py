@@ -1,8 +1,8 @@
 """The visible windows of several texts, in one cache: a row each, right-aligned.
 
 All rows end at the same column, because all texts do the same step of their chunk at the same time; how far
-back a row is visible, and which position a column stands for, is its own. Which keys stay from chunk to chunk is
-decided for each row as `decoder` decides it for a text alone. Integers and tensors; it knows nothing of texts.
+back a row is visible, and which position a column stands for, is its own. Which keys stay from chunk to chunk
+is decided for each row as `decoder` decides it for a text alone. It knows nothing of what the tokens are.
 """
 
 from collections.abc import Sequence
@@ -201,8 +201,9 @@ class Rows(Cache):
     def _prefix(self, rows: slice, first: int) -> Cache:
         if first >= self.chunk or not self.layers:
             return Cache(layer_class_to_replicate=PrefixLayer)
-        layers = [PrefixLayer(*layer.part(rows, first, self.chunk)) for layer in self._row_layers()]
-        return Cache(layers=layers)
+        return Cache(
+            layers=[PrefixLayer(*layer.part(rows, first, self.chunk)) for layer in self._row_layers()]
+        )
 
     def _open(self, first: int) -> None:
         for layer in self._row_layers():

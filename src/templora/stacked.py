@@ -1,8 +1,8 @@
 """The adapters of several texts on one base, side by side in one tensor.
 
-Each text's `Adapter` keeps working as it does alone: its weights and gradient are a row here. What this adds is
-one pass for all of them: a layer's own product runs once over the tokens of all texts, and the side paths are one
-batched product. It knows nothing of texts but how many there are.
+Each text's `Adapter` keeps working as it does alone: its weights and gradient are a row here. What this adds
+is one pass for all of them: a layer's own product runs once over the tokens of all texts, and the side paths
+are one batched product. It knows nothing of texts but how many there are.
 """
 
 from collections.abc import Generator
@@ -78,14 +78,17 @@ class Stack:
         sizes = [site.a.numel() for site in self._sites] + [site.b.numel() for site in self._sites]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         for i, site in enumerate(self._sites):
-            sides: list[nn.Parameter] = []
-            for shape, at in ((site.a.shape, starts[i]), (site.b.shape, starts[len(self._sites) + i])):
-                columns = slice(at, at + shape.numel())
-                # data: what a text does to its row between two passes is no business of autograd's.
-                side = nn.Parameter(self.weights.data[:texts, columns].view(texts, *shape))
-                side.grad = self.gradient[:texts, columns].view(texts, *shape)
-                sides.append(side)
-            yield _layer(site, *sides, self._shape)
+            a = self._side(texts, starts[i], site.a.shape)
+            b = self._side(texts, starts[len(self._sites) + i], site.b.shape)
+            yield _layer(site, a, b, self._shape)
+
+    def _side(self, texts: int, start: int, shape: torch.Size) -> nn.Parameter:
+        """One matrix of every text, [texts, *shape], with its gradient: views."""
+        columns = slice(start, start + shape.numel())
+        # data: what a text does to its row between two passes is no business of autograd's.
+        side = nn.Parameter(self.weights.data[:texts, columns].view(texts, *shape))
+        side.grad = self.gradient[:texts, columns].view(texts, *shape)
+        return side
 
 
 class StackedLinear(nn.Module):
@@ -94,7 +97,9 @@ class StackedLinear(nn.Module):
     a: [texts, rank, in], b: [texts, out, rank]; their `grad` must be there.
     """
 
-    def __init__(self, layer: nn.Module, a: nn.Parameter, b: nn.Parameter, scale: float, shape: Shape) -> None:
+    def __init__(
+        self, layer: nn.Module, a: nn.Parameter, b: nn.Parameter, scale: float, shape: Shape
+    ) -> None:
         super().__init__()
         self.layer, self.a, self.b, self.scale, self.shape = layer, a, b, scale, shape
 
@@ -134,7 +139,7 @@ class _Stacked(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
         inner = torch.bmm(x, a.transpose(1, 2))  # [texts, tokens, rank]
-        rows = x.view(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1])
         y = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
         y = y.view(*x.shape[:-1], -1).baddbmm_(inner, b.transpose(1, 2), alpha=scale)
         ctx.save_for_backward(x, inner, weight, a, b)

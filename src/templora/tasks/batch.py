@@ -9,7 +9,7 @@ from typing import Any
 from templora.base import Base
 from templora.batch import Batch, Text
 from templora.errors import InvalidText
-from templora.events import Event
+from templora.events import End, Event
 from templora.pen import Wishes
 from templora.sampling import Sampling
 from templora.tasks.score import Scores
@@ -74,20 +74,64 @@ def score_batch(
     return scores
 
 
+def write_batch(
+    base: Base,
+    prompts: Sequence[str],
+    tokens: int,
+    recipe: Any = "default",
+    *,
+    size: int = 8,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    stop_at_eos: bool = False,
+    score_base: bool = True,
+    sampling: Sampling | None = None,
+    **overrides: Any,
+) -> Iterator[tuple[int, Event]]:
+    """Continue several prompts, each with a fresh adapter, `size` of them at once.
+
+    Args:
+        tokens: how many to write of each at most. sampling: else the base's own generation config.
+        stop, stop_at_eos, score_base: as for `Session.write`.
+        recipe, seed, overrides: as for `Base.session`.
+
+    Yields:
+        The index of a prompt and what has happened to it, as `Session.reading` and `Session.write` tell it.
+
+    Raises:
+        InvalidRecipe, UnsupportedModel: this recipe or base must run its texts one at a time.
+        InvalidText: a prompt is empty.
+    """
+    sampling = sampling or Sampling.of(base.model.generation_config)
+    wishes = Wishes(tokens, sampling, None, tuple(stop), stop_at_eos, score_base)
+    return _numbered(Batch(base, recipe, size=size, **overrides), prompts, wishes, seed)
+
+
+def _numbered(batch: Batch, prompts: Sequence[str], wishes: Wishes, seed: int) -> Iterator[tuple[int, Event]]:
+    for text, event in writing(batch, prompts, wishes, seed=seed):
+        yield text.number, event
+        if isinstance(event, End):
+            text.discard()
+
+
 def writing(
     batch: Batch, prompts: Sequence[str], wishes: Wishes, *, seed: int = 0
 ) -> Iterator[tuple[Text, Event]]:
-    """Read each prompt and write on, as `Session.reading` and `Session.write` do, `batch.size` prompts at once.
+    """Read each prompt and write on, as `Session.reading` and `Session.write` do, `batch.size` at once.
+
+    Prompts of like length run together.
 
     Yields:
-        Each event with the text it is of; the last of a text is its `End`. Prompts of like length run together.
+        Each event with the text it is of; the last of a text is its `End`.
     """
     if not all(prompts):
         raise InvalidText(f"prompt {[*map(bool, prompts)].index(False) + 1} is empty; give it some text")
     ids = [batch.base.encode(prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda number: -len(ids[number]))
     for start in range(0, len(order), batch.size):
-        group = [batch.text(ids[n], prompts[n], seed=seed, number=n) for n in order[start : start + batch.size]]
+        group = [
+            batch.text(ids[n], prompts[n], seed=seed, number=n) for n in order[start : start + batch.size]
+        ]
         yield from _reading(batch, group, wishes.score_base)
         for text in batch.texts:
             text.begin(wishes)
