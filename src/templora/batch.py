@@ -1,8 +1,8 @@
 """Several texts in lockstep on one base: each is scored, learned and written as it would be alone.
 
 A text in a batch is a session like any other, with its own adapter, optimiser, guard and random state. All
-texts do the same step of their chunk at the same time, and what would be a pass for each is one for all. A
-text joins at its beginning and leaves between two chunks. Batches live in memory; a session on disk runs alone.
+texts do the same step of their chunk at the same time, and what would be a pass for each is one for all.
+A text joins at its beginning and leaves between two chunks. Batches live in memory, never on disk.
 """
 
 import time

@@ -1,7 +1,7 @@
 """Passes over the chunks of several texts at once: scored, learned, written.
 
-A chunk of every text is one pass, and so is the next token of every text. Windows are filled one by one, since
-so many tokens leave no machine idle. The counterpart of `passes` and `decoder`.
+A chunk of every text is one pass, and so is the next token of every text. Windows are filled one by one,
+since so many tokens leave no machine idle. The counterpart of `passes` and `decoder`.
 """
 
 from collections.abc import Sequence

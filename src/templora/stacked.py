@@ -106,8 +106,7 @@ class StackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[…, in] to […, out], where … is [texts, tokens] or both of the whole pass in one."""
         y: Tensor = self.layer(x)
-        inner = self._by_text(x).to(self.a.dtype) @ self.a.transpose(1, 2)  # [texts, tokens, rank]
-        side = self.scale * (inner @ self.b.transpose(1, 2))
+        side: Any = _Side.apply(self._by_text(x).to(self.a.dtype), self.a, self.b, self.scale)
         return y + side.to(y.dtype).view(y.shape)
 
     def _by_text(self, x: Tensor) -> Tensor:
@@ -143,24 +142,47 @@ class _Stacked(torch.autograd.Function):
         y = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
         y = y.view(*x.shape[:-1], -1).baddbmm_(inner, b.transpose(1, 2), alpha=scale)
         ctx.save_for_backward(x, inner, weight, a, b)
-        ctx.scale = scale
-        # Added to where it belongs at once: these are the largest tensors of a pass.
-        ctx.gradients = a.grad, b.grad
+        ctx.scale, ctx.gradients = scale, (a.grad, b.grad)
         return y
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, inner, weight, a, b = ctx.saved_tensors
         slope = upstream[0].contiguous()  # [texts, tokens, out]
-        inner_slope = torch.bmm(slope, b)
-        a_gradient, b_gradient = ctx.gradients
-        a_gradient.baddbmm_(inner_slope.transpose(1, 2), x, alpha=ctx.scale)
-        b_gradient.baddbmm_(slope.transpose(1, 2), inner, alpha=ctx.scale)
+        inner_slope = _add_gradients(ctx, slope, x, inner, b)
         x_slope = None
         if ctx.needs_input_grad[0]:
             x_slope = (slope.view(-1, slope.shape[-1]) @ weight).view(x.shape)
             x_slope.baddbmm_(inner_slope, a, alpha=ctx.scale)
         return x_slope, None, None, None, None, None
+
+
+class _Side(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        inner = torch.bmm(x, a.transpose(1, 2))  # [texts, tokens, rank]
+        ctx.save_for_backward(x, inner, a, b)
+        ctx.scale, ctx.gradients = scale, (a.grad, b.grad)
+        return torch.bmm(inner, b.transpose(1, 2)).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, inner, a, b = ctx.saved_tensors
+        inner_slope = _add_gradients(ctx, upstream[0], x, inner, b)
+        x_slope = torch.bmm(inner_slope, a).mul_(ctx.scale) if ctx.needs_input_grad[0] else None
+        return x_slope, None, None, None
+
+
+def _add_gradients(ctx: Any, slope: Tensor, x: Tensor, inner: Tensor, b: Tensor) -> Tensor:
+    """Add A's and B's gradients to where they belong; returns that of `inner` before scaling.
+
+    Not left to autograd: these are the largest tensors of a pass, and it would make each of them twice.
+    """
+    inner_slope = torch.bmm(slope, b)
+    a_gradient, b_gradient = ctx.gradients
+    a_gradient.baddbmm_(inner_slope.transpose(1, 2), x, alpha=ctx.scale)
+    b_gradient.baddbmm_(slope.transpose(1, 2), inner, alpha=ctx.scale)
+    return inner_slope
 
 
 def _layer(site: Site, a: nn.Parameter, b: nn.Parameter, shape: Shape) -> nn.Module:

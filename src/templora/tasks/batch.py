@@ -132,14 +132,11 @@ def writing(
         group = [
             batch.text(ids[n], prompts[n], seed=seed, number=n) for n in order[start : start + batch.size]
         ]
-        yield from _reading(batch, group, wishes.score_base)
-        for text in batch.texts:
-            text.begin(wishes)
-        while batch.texts:
-            yield from _writing(batch, wishes.score_base)
+        yield from reading(batch, group, score_base=wishes.score_base)
+        yield from going_on(batch, wishes)
 
 
-def _reading(batch: Batch, group: Sequence[Text], score_base: bool) -> Iterator[tuple[Text, Event]]:
+def reading(batch: Batch, group: Sequence[Text], *, score_base: bool) -> Iterator[tuple[Text, Event]]:
     """Learn what is given; a longer text begins earlier, so that all are read to their end at the same time.
 
     group: longest first.
@@ -152,6 +149,14 @@ def _reading(batch: Batch, group: Sequence[Text], score_base: bool) -> Iterator[
         if left:
             for text, events in batch.finish_chunks(score_base=score_base):
                 yield from ((text, event) for event in events)
+
+
+def going_on(batch: Batch, wishes: Wishes) -> Iterator[tuple[Text, Event]]:
+    """Write on in every text of the batch, until none is left in it."""
+    for text in batch.texts:
+        text.begin(wishes)
+    while batch.texts:
+        yield from _writing(batch, wishes.score_base)
 
 
 def _writing(batch: Batch, score_base: bool) -> Iterator[tuple[Text, Event]]:
