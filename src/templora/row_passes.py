@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from templora import kernels
 from templora.adapter import Adapter
 from templora.base import Base
 from templora.cache import PrefixLayer
@@ -92,7 +93,7 @@ class RowPasses:
         ids = self._ids([row.tokens(at, tokens) for row, at in zip(rows, first, strict=True)])
         positions = cache.positions(cache.stop, tokens, self.base.device)
         mask = cache.mask(cache.stop, tokens, self.base.device)
-        with self.stack.attached(tokens):
+        with self.stack.attached(tokens), kernels.fast(ids.numel(), device=self.base.device):
             hidden = self.base.hidden(ids, positions, mask, cache.open())
             logits = self.base.head(hidden[:, -1:])[:, 0]
         cache.advance(tokens)
@@ -103,10 +104,10 @@ class RowPasses:
         prefix = cache.prefix(window)
         ids = self._ids([row.tokens(row.span.start - 1, tokens + 1) for row in rows])  # [texts, tokens + 1]
         positions = cache.positions(cache.chunk, tokens, device)
-        hidden = self.base.hidden(
-            ids[:, :-1], positions, cache.mask(cache.chunk, tokens, device, window), prefix
-        )
-        nll = texts_nll(hidden, self.base.head, ids[:, 1:])
+        mask = cache.mask(cache.chunk, tokens, device, window)
+        with kernels.fast(positions.numel(), device=device):
+            hidden = self.base.hidden(ids[:, :-1], positions, mask, prefix)
+            nll = texts_nll(hidden, self.base.head, ids[:, 1:])
         cache.keep(prefix)
         return nll
 
@@ -116,7 +117,8 @@ class RowPasses:
             row, made = rows[index], Cache(layer_class_to_replicate=PrefixLayer)
             ids = self._ids([row.ids[row.span.visible : row.span.start - 1]])
             positions = torch.arange(ids.shape[1], device=self.base.device).unsqueeze(0)
-            with torch.no_grad(), nullcontext() if cache is self.bare else row.adapter.attached():
+            under = nullcontext() if cache is self.bare else row.adapter.attached()
+            with torch.no_grad(), under, kernels.fast(ids.numel(), device=self.base.device):
                 self.base.hidden(ids, positions, None, made)
             cache.fill(index, made)
 

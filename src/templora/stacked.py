@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from templora.adapter import Adapter
 from templora.errors import UnsupportedModel
 from templora.injection import Site, standing_in
+from templora.kernels import FEWEST, is_fast, product
 
 
 @dataclass(slots=True)
@@ -128,7 +129,8 @@ class StackedFloatLinear(StackedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """[…, in] to […, out], where … is [texts, tokens] or both of the whole pass in one."""
         rows, layer = self._by_text(x), self.layer
-        y: Any = _Stacked.apply(rows, layer.weight, layer.bias, self.a, self.b, self.scale)
+        way = _FastStacked if is_fast() and rows.shape[1] >= FEWEST else _Stacked
+        y: Any = way.apply(rows, layer.weight, layer.bias, self.a, self.b, self.scale)
         return y.view(*x.shape[:-1], -1)
 
 
@@ -154,6 +156,40 @@ class _Stacked(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             x_slope = (slope.view(-1, slope.shape[-1]) @ weight).view(x.shape)
             x_slope.baddbmm_(inner_slope, a, alpha=ctx.scale)
+        return x_slope, None, None, None, None, None
+
+
+class _FastStacked(torch.autograd.Function):
+    """The same with the products of `kernels`, for many tokens of each text: side paths one by one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
+        inner = torch.stack([product(own, down) for own, down in zip(x, a, strict=True)]).mul_(scale)
+        y = product(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)  # [texts, tokens, out]
+        for own, up, out in zip(inner, b, y, strict=True):
+            out.copy_(product(own, up, out))
+        if bias is not None:
+            y += bias
+        ctx.save_for_backward(x, inner, weight, a, b)
+        ctx.scale, ctx.gradients = scale, (a.grad, b.grad)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, inner, weight, a, b = ctx.saved_tensors
+        slope = upstream[0].contiguous()  # [texts, tokens, out]
+        x_slope = None
+        if ctx.needs_input_grad[0]:
+            x_slope = product(slope.view(-1, slope.shape[-1]), weight.T).view(x.shape)
+        a_gradient, b_gradient = ctx.gradients
+        for text in range(len(x)):
+            inner_slope = product(slope[text], b[text].T).mul_(ctx.scale)
+            a_gradient[text] += product(inner_slope.T, x[text].T)
+            b_gradient[text] += product(inner[text].T, slope[text].T).T
+            if x_slope is not None:
+                x_slope[text] = product(inner_slope, a[text].T, x_slope[text])
         return x_slope, None, None, None, None, None
 
 
