@@ -60,6 +60,20 @@ def test_it_runs_and_both_sides_compute_the_same(name: str, run: Runs, tmp_path:
 
 
 @pytest.mark.slow
+def test_several_texts_at_once_come_to_what_each_does_alone(run: Runs) -> None:
+    results = run("batch")["results"]
+    assert [(r["task"], r["texts"]) for r in results] == [
+        ("score", 1),
+        ("score", 3),
+        ("write", 1),
+        ("write", 3),
+    ]
+    for result in results:
+        assert all(min(seconds) > 0 for seconds in result["seconds"].values())
+        assert abs(result["apart"]) < 1e-4
+
+
+@pytest.mark.slow
 def test_the_roofline_runs(run: Runs) -> None:
     (result,) = run("roofline")["results"]
     assert all(rate > 0 for rate in result["rates"].values())

@@ -11,8 +11,8 @@ SOURCE = Path(__file__).parent.parent / "src" / "templora"
 FLOORS = {
     0: "errors events recipe window metrics",
     1: "base loading probe cross_entropy cache injection lora_linear adapter magnitude passes template "
-    "learner guard study decoder detokenizer sampling memory sizes kernels step",
-    2: "session durable replay snapshot store shelf header history journal versions lock migrations",
+    "learner guard study decoder detokenizer sampling memory sizes kernels step pen stacked rows row_passes",
+    2: "session batch durable replay snapshot store shelf header history journal versions lock migrations",
     3: "tasks formats hook",
     4: "report bench",
     5: "commands cli __main__",

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from templora.hook import generate
     from templora.recipe import Recipe
     from templora.session import Session
+    from templora.tasks.batch import score_batch, write_batch
 
 # Imported on first use: `import templora` must stay instant, and torch is not.
 _HOME = {
@@ -23,9 +24,22 @@ _HOME = {
     "Recipe": "recipe",
     "TemploraError": "errors",
     "generate": "hook",
+    "score_batch": "tasks.batch",
+    "write_batch": "tasks.batch",
 }
 
-__all__ = ["Base", "DurableSession", "Recipe", "Session", "TemploraError", "generate", "load", "resume"]
+__all__ = [
+    "Base",
+    "DurableSession",
+    "Recipe",
+    "Session",
+    "TemploraError",
+    "generate",
+    "load",
+    "resume",
+    "score_batch",
+    "write_batch",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ snapshot, a norm or an optimiser step is one operation.
 """
 
 import copy
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from templora import injection
 from templora.errors import OutputError
-from templora.injection import Site
+from templora.injection import Site, standing_in
 from templora.lora_linear import LoraLinear
 from templora.recipe import Recipe
 
@@ -31,16 +31,16 @@ class Adapter:
     """A fresh adapter: its output is zero until it has learned something.
 
     version: 0 when fresh, one more with each update. a, b: all A and all B matrices, flat views of
-    `flat`, which are what an optimiser steps; `gradient` is laid out as `flat`.
+    `flat`, which are what an optimiser steps; `gradient` is laid out as `flat`. sites: where it works.
     """
 
     def __init__(self, model: PreTrainedModel, recipe: Recipe, seed: int) -> None:
         self.version = 0
         self._model = model
         self.config = injection.config_of(model, recipe)
-        self._sites = injection.inject(model, self.config, seed, head=recipe.head)
+        self.sites = injection.inject(model, self.config, seed, head=recipe.head)
         self._lay_flat(model.device)
-        self._layers = [site.lora if recipe.dropout > 0 else _layer(site) for site in self._sites]
+        self._layers = [site.lora if recipe.dropout > 0 else _layer(site) for site in self.sites]
         self._merged: list[nn.Module] = []
         self._merged_version: int | None = None
         self._can_merge = self._merging_pays()
@@ -53,15 +53,15 @@ class Adapter:
     @property
     def layers_b(self) -> tuple[list[Tensor], list[Tensor]]:
         """Each layer's B, [out, rank], and its gradient: views of `flat` and `gradient`."""
-        weights = [site.b.detach() for site in self._sites]
-        return weights, [site.b.grad for site in self._sites if site.b.grad is not None]
+        weights = [site.b.detach() for site in self.sites]
+        return weights, [site.b.grad for site in self.sites if site.b.grad is not None]
 
     @contextmanager
     def attached(self, *, training: bool = False) -> Generator[None]:
         """The model computes with the adapter, differentiably. training: apply LoRA dropout."""
-        for site in self._sites:
+        for site in self.sites:
             site.train(training)
-        with self._standing_in(self._layers):
+        with standing_in(self.sites, self._layers):
             yield
 
     @contextmanager
@@ -74,13 +74,13 @@ class Adapter:
             with self.attached():
                 yield
             return
-        with self._standing_in(self._merge()):
+        with standing_in(self.sites, self._merge()):
             yield
 
     @contextmanager
     def detached(self) -> Generator[None]:
         """The model computes without the adapter, also inside `attached`."""
-        with self._standing_in([site.original for site in self._sites]):
+        with standing_in(self.sites, [site.original for site in self.sites]):
             yield
 
     def snapshot(self) -> Tensor:
@@ -103,13 +103,23 @@ class Adapter:
         self.b.mul_(factor)
         self.updated()
 
+    def move(self, flat: Tensor, gradient: Tensor) -> None:
+        """Keep weights and gradients in these tensors, [parameters] each, from now on.
+
+        So that adapters of several texts can lie in one tensor; an optimiser notices nothing.
+        """
+        flat.copy_(self.flat)
+        gradient.copy_(self.gradient)
+        self.flat, self.gradient = flat, gradient
+        self._hold()
+
     def save(self, folder: str | Path) -> None:
         """Write it in PEFT's format: `PeftModel.from_pretrained(model, folder)` loads it.
 
         Raises:
             OutputError: the folder cannot be written.
         """
-        with self._standing_in([site.lora for site in self._sites]):
+        with standing_in(self.sites, [site.lora for site in self.sites]):
             tensors = injection.weights(self._model, self.config)
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -122,64 +132,61 @@ class Adapter:
     def load(self, folder: str | Path, version: int) -> None:
         """Take over weights that `save` wrote from an adapter of the same recipe and base."""
         stored = load_file(Path(folder) / WEIGHTS)
-        for name, site in injection.named(self._model, self._sites):
+        for name, site in injection.named(self._model, self.sites):
             site.a.copy_(stored[f"{name}.lora_A.weight"])
             site.b.copy_(stored[f"{name}.lora_B.weight"])
         self.version, self._merged_version = version, None
 
     def discard(self) -> None:
         """Let go of all its tensors; the model keeps no trace of it."""
-        self._sites, self._layers, self._merged, self._can_merge = [], [], [], False
+        self.sites, self._layers, self._merged, self._can_merge = [], [], [], False
         self.flat = self.gradient = torch.empty(0)
         self.a = self.b = nn.Parameter(self.flat)
 
-    @contextmanager
-    def _standing_in(self, modules: Sequence[nn.Module]) -> Generator[None]:
-        """One module for each site; afterwards what stood there before, so that this can nest."""
-        before = [site.module for site in self._sites]
-        for site, module in zip(self._sites, modules, strict=True):
-            site.module = module
-        try:
-            yield
-        finally:
-            for site, module in zip(self._sites, before, strict=True):
-                site.module = module
-
     def _lay_flat(self, device: torch.device) -> None:
         """Move all weights and gradients into two flat tensors, every A before every B."""
-        weights = [[site.a for site in self._sites], [site.b for site in self._sites]]
-        split = sum(w.numel() for w in weights[0])
-        total = split + sum(w.numel() for w in weights[1])
-        self.flat = torch.empty(total, device=device)
-        self.gradient = torch.zeros(total, device=device)
+        weights = self._weights()
+        self.flat = torch.cat([weight.detach().float().reshape(-1).to(device) for weight in weights])
+        self.gradient = torch.zeros_like(self.flat)
+        self.a, self.b = nn.Parameter(self.flat[:0]), nn.Parameter(self.flat[:0])
+        self._hold()
+        for weight in weights:
+            weight.requires_grad_()
+
+    def _hold(self) -> None:
+        """Make all weights and gradients views of `flat` and `gradient`."""
         offset = 0
-        for weight in (*weights[0], *weights[1]):
+        for weight in self._weights():
             rows = slice(offset, offset + weight.numel())
-            self.flat[rows] = weight.detach().float().reshape(-1)
             weight.data = self.flat[rows].view(weight.shape)
             weight.grad = self.gradient[rows].view(weight.shape)
-            weight.requires_grad_()
             offset += weight.numel()
-        self.a, self.b = nn.Parameter(self.flat[:split]), nn.Parameter(self.flat[split:])
-        self.a.grad, self.b.grad = self.gradient[:split], self.gradient[split:]
+        split = sum(site.a.numel() for site in self.sites)
+        for both, rows in ((self.a, slice(split)), (self.b, slice(split, None))):
+            both.grad = None  # of the shape before
+            both.data = self.flat[rows]
+            both.grad = self.gradient[rows]
+
+    def _weights(self) -> list[nn.Parameter]:
+        return [site.a for site in self.sites] + [site.b for site in self.sites]
 
     def _merging_pays(self) -> bool:
-        weights = [getattr(site.original, "weight", None) for site in self._sites]
+        weights = [getattr(site.original, "weight", None) for site in self.sites]
         exact = all(
             type(site.original) in (nn.Linear, Conv1D)
             and weight is not None
             and weight.dtype == torch.float32
-            for site, weight in zip(self._sites, weights, strict=True)
+            for site, weight in zip(self.sites, weights, strict=True)
         )
         return exact and sum(w.numel() * 4 for w in weights if w is not None) <= LARGEST_MERGED
 
     @torch.no_grad()
     def _merge(self) -> list[nn.Module]:
         """The merged copy of each layer, brought up to this version."""
-        self._merged = self._merged or [_twin(site.original) for site in self._sites]
+        self._merged = self._merged or [_twin(site.original) for site in self.sites]
         if self._merged_version == self.version:
             return self._merged
-        for site, merged in zip(self._sites, self._merged, strict=True):
+        for site, merged in zip(self.sites, self._merged, strict=True):
             left, right = (site.a.T, site.b.T) if isinstance(site.original, Conv1D) else (site.b, site.a)
             torch.addmm(site.original.weight, left, right, alpha=site.scale, out=merged.weight)  # pyright: ignore[reportCallIssue, reportArgumentType]
         self._merged_version = self.version

@@ -145,6 +145,30 @@ class Base:
                 return self.head(self._hidden(ids, position, cache)[-1:])[0]
             return self._logits(ids, position, cache, keep=1)[0]
 
+    @property
+    def runs_rows(self) -> bool:
+        """Whether `hidden` works: with positions of one's own, and logits that are head(hidden)."""
+        return self._probe.plain_head and "position_ids" in self._accepts
+
+    def hidden(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
+        """Run a row for each of several texts.
+
+        Args:
+            ids, positions: [texts, tokens]. mask: what is visible of cache and tokens, bool
+                [texts, cached + tokens]; None if all is.
+
+        Returns:
+            What the head is given, [texts, tokens, width].
+        """
+        output = self._probe.backbone(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state
+
     def nll(
         self,
         ids: Sequence[int],

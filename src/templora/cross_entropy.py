@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 PIECE = 128  # tokens: at a vocabulary of 128K, 67 MB of fp32 logits; at 32K malloc can still keep them
+LARGEST_KEPT = 4  # pieces of several texts whose logits are kept for the backward pass, not made again
 
 
 def linear_nll(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
@@ -38,6 +39,29 @@ def linear_nll(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
         # A head that learns needs all logits for its own gradient: of one piece at a time, made again.
         return torch.cat([checkpoint(nll, h, y, use_reentrant=False) for h, y in pieces])  # pyright: ignore[reportArgumentType, reportCallIssue]
     return torch.cat([nll(h, y) for h, y in pieces])
+
+
+def texts_nll(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
+    """`linear_nll` of several texts under a head that has its own side path for each of them.
+
+    Args:
+        hidden: [texts, tokens, width]. labels: [texts, tokens].
+
+    Returns:
+        [texts, tokens]
+    """
+    if not any(weight.requires_grad for weight in head.parameters()):
+        return linear_nll(hidden.flatten(0, 1), head, labels.flatten()).view(labels.shape)
+
+    def nll(states: Tensor, target: Tensor) -> Tensor:
+        logits = head(states).flatten(0, 1).float()
+        return cross_entropy(logits, target.flatten(), reduction="none").view(target.shape)
+
+    size = max(1, PIECE // len(hidden))  # tokens of each text
+    pieces = list(zip(hidden.split(size, 1), labels.split(size, 1), strict=True))
+    if torch.is_grad_enabled() and len(pieces) > LARGEST_KEPT:
+        return torch.cat([checkpoint(nll, h, y, use_reentrant=False) for h, y in pieces], 1)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return torch.cat([nll(h, y) for h, y in pieces], 1)
 
 
 def logits_nll(logits: Tensor, labels: Tensor) -> Tensor:

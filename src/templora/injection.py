@@ -6,7 +6,8 @@ in for the originals.
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +116,19 @@ def inject(model: PreTrainedModel, config: LoraConfig, seed: int, *, head: float
     if not sites or (head and all(site.original is model.get_output_embeddings() for site in sites)):
         raise _no_layers(model, "the targets name none")
     return sites
+
+
+@contextmanager
+def standing_in(sites: Sequence[Site], modules: Sequence[nn.Module]) -> Generator[None]:
+    """One module for each site; afterwards what stood there before, so that this can nest."""
+    before = [site.module for site in sites]
+    for site, module in zip(sites, modules, strict=True):
+        site.module = module
+    try:
+        yield
+    finally:
+        for site, module in zip(sites, before, strict=True):
+            site.module = module
 
 
 def weights(model: PreTrainedModel, config: LoraConfig) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ other thread is touched. It knows nothing of adapters.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -58,7 +58,8 @@ class Fast(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._causal: Tensor | None = None  # the mask that was looked at last and is the causal one
+        # The mask that was looked at last, and from which key on each text sees all up to its own place.
+        self._seen: tuple[Tensor, tuple[int, ...] | None] | None = None
         self._ways: dict[Any, Callable[..., Tensor | None]] = {
             functional.linear: _linear,
             functional.scaled_dot_product_attention: self._attention,
@@ -84,33 +85,39 @@ class Fast(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor | None:
-        """None where it is not plain causal attention of one fp32 text."""
-        queries, keys = query.shape[-2], key.shape[-2]
+        """None where it is not plain causal attention in fp32."""
+        texts, queries, keys = query.shape[0], query.shape[-2], key.shape[-2]
         plain = (
             query.ndim == key.ndim == 4
             and key.shape == value.shape
-            and query.shape[0] == key.shape[0] == 1
+            and texts == key.shape[0]
             and query.shape[1] % key.shape[1] == 0
             and (enable_gqa or query.shape[1] == key.shape[1])
             and {query.dtype, key.dtype, value.dtype} == {torch.float32}
             and dropout_p == 0
             and queries >= FEWEST
         )
-        if not plain or not (self._is_causal(attn_mask, queries, keys) or (is_causal and queries == keys)):
+        if not plain:
+            return None
+        firsts = self._firsts(attn_mask, texts, queries, keys)
+        if firsts is None and is_causal and queries == keys:
+            firsts = (0,) * texts
+        if firsts is None:
             return None
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return _CausalAttention.apply(query, key, value, scale)  # pyright: ignore[reportReturnType]
+        return _CausalAttention.apply(query, key, value, scale, firsts)  # pyright: ignore[reportReturnType]
 
-    def _is_causal(self, mask: Tensor | None, queries: int, keys: int) -> bool:
-        """Whether the mask lets the queries, which come last, see all keys up to their own and no other."""
-        if mask is None or mask.dtype != torch.bool or mask.numel() != queries * keys:
-            return False
-        if mask is not self._causal:
-            causal = torch.ones(queries, keys, dtype=torch.bool).tril_(keys - queries)
-            if not torch.equal(mask.view(queries, keys), causal):
-                return False
-            self._causal = mask
-        return True
+    def _firsts(self, mask: Tensor | None, texts: int, queries: int, keys: int) -> tuple[int, ...] | None:
+        """The first key that each text sees; None where the mask is not a causal one from there on.
+
+        Causal: the queries, which come last, see all keys up to their own and no other.
+        """
+        if mask is None or mask.dtype != torch.bool or mask.shape[1:] != (1, queries, keys):
+            return None
+        if self._seen is None or self._seen[0] is not mask:
+            self._seen = mask, _firsts_of(mask.squeeze(1))
+        firsts = self._seen[1]
+        return firsts * texts if firsts is not None and len(firsts) == 1 else firsts
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -142,48 +149,55 @@ class _Linear(torch.autograd.Function):
         return product(upstream[0], weight.T), None
 
 
+def _firsts_of(mask: Tensor) -> tuple[int, ...] | None:
+    """As `Fast._firsts`; mask: [texts or 1, queries, keys]."""
+    _, queries, keys = mask.shape
+    firsts = mask[:, -1].int().argmax(1)
+    seen = torch.arange(keys) >= firsts.unsqueeze(1)  # [texts, keys]
+    causal = torch.ones(queries, keys, dtype=torch.bool).tril_(keys - queries)
+    old = int(firsts.max()) <= keys - queries
+    return tuple(firsts.tolist()) if old and torch.equal(mask, causal & seen.unsqueeze(1)) else None
+
+
 class _CausalAttention(torch.autograd.Function):
     """The queries are those of the last keys; earlier keys come from a cache and get no gradient.
+
+    firsts: the first key that each text sees.
 
     Scores are made a block of queries at a time, and again on the way back: none are kept.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        heads, queries, width = query.shape[1:]
-        out = query.new_empty(queries, heads, width)
-        for group, rows, columns in _blocks(query, key):
-            q, k, v = (
-                query[0, group.heads, rows],
-                key[0, group.kv, :columns],
-                value[0, group.kv, :columns],
-            )
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, firsts: tuple[int, ...]
+    ) -> Tensor:
+        texts, heads, queries, width = query.shape
+        out = query.new_empty(texts, queries, heads, width)
+        for text, group, rows, columns in _blocks(query, key, firsts):
+            q, k, v = _of_block(query, key, value, text, group, rows, columns)
             mixed = product(_weights(q, k, scale), v.T)
-            out[rows, group.heads] = mixed.view(*q.shape).transpose(0, 1)
+            out[text, rows, group.heads] = mixed.view(*q.shape).transpose(0, 1)
         ctx.save_for_backward(query, key, value)
-        ctx.scale = scale
-        return out.transpose(0, 1).unsqueeze(0)
+        ctx.scale, ctx.firsts = scale, firsts
+        return out.transpose(1, 2)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
-        slopes, scale = upstream[0][0], ctx.scale  # [heads, queries, width]
+        slopes, scale = upstream[0], ctx.scale  # [texts, heads, queries, width]
         q_slope, k_slope, v_slope = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         old = key.shape[2] - query.shape[2]
-        for group, rows, columns in _blocks(query, key):
-            q, k, v = (
-                query[0, group.heads, rows],
-                key[0, group.kv, :columns],
-                value[0, group.kv, :columns],
-            )
+        for text, group, rows, columns in _blocks(query, key, ctx.firsts):
+            q, k, v = _of_block(query, key, value, text, group, rows, columns)
             weights = _weights(q, k, scale)  # [heads · rows, columns]
-            slope = slopes[group.heads, rows].reshape(-1, q.shape[-1])
+            slope = slopes[text, group.heads, rows].reshape(-1, q.shape[-1])
             score_slope = torch.ops.aten._softmax_backward_data(product(slope, v), weights, -1, torch.float32)
-            q_slope[0, group.heads, rows] = product(score_slope, k.T).view(q.shape).mul_(scale)
-            own = q.reshape(-1, q.shape[-1])
-            v_slope[0, group.kv, old:columns] += product(weights[:, old:].T, slope.T)
-            k_slope[0, group.kv, old:columns] += product(score_slope[:, old:].T, own.T).mul_(scale)
-        return q_slope, k_slope, v_slope, None
+            q_slope[text, group.heads, rows] = product(score_slope, k.T).view(q.shape).mul_(scale)
+            own, new = q.reshape(-1, q.shape[-1]), slice(old, columns.stop)
+            first = old - columns.start
+            v_slope[text, group.kv, new] += product(weights[:, first:].T, slope.T)
+            k_slope[text, group.kv, new] += product(score_slope[:, first:].T, own.T).mul_(scale)
+        return q_slope, k_slope, v_slope, None, None
 
 
 class _Group(NamedTuple):
@@ -193,14 +207,22 @@ class _Group(NamedTuple):
     heads: slice
 
 
-def _blocks(query: Tensor, key: Tensor) -> Iterator[tuple[_Group, slice, int]]:
-    """Group, queries, and how many keys the last of them sees."""
+def _blocks(query: Tensor, key: Tensor, firsts: Sequence[int]) -> Iterator[tuple[int, _Group, slice, slice]]:
+    """Text, group, queries, and the keys that the last of them sees."""
     shared, queries = query.shape[1] // key.shape[1], query.shape[2]
-    for index in range(key.shape[1]):
-        group = _Group(index, slice(index * shared, (index + 1) * shared))
-        for start in range(0, queries, BLOCK):
-            stop = min(start + BLOCK, queries)
-            yield group, slice(start, stop), key.shape[2] - queries + stop
+    for text, first in enumerate(firsts):
+        for index in range(key.shape[1]):
+            group = _Group(index, slice(index * shared, (index + 1) * shared))
+            for start in range(0, queries, BLOCK):
+                stop = min(start + BLOCK, queries)
+                yield text, group, slice(start, stop), slice(first, key.shape[2] - queries + stop)
+
+
+def _of_block(
+    query: Tensor, key: Tensor, value: Tensor, text: int, group: _Group, rows: slice, columns: slice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, [heads, rows, width], keys and values, [columns, width]."""
+    return query[text, group.heads, rows], key[text, group.kv, columns], value[text, group.kv, columns]
 
 
 def _weights(query: Tensor, key: Tensor, scale: float) -> Tensor:

@@ -71,6 +71,8 @@ class Learner:
         nll: Callable[[], Tensor],
         first: Tensor | None = None,
         helps: Callable[[], bool] | None = None,
+        *,
+        ready: bool = False,
     ) -> Update:
         """All epochs on one chunk, by its mean NLL.
 
@@ -79,6 +81,7 @@ class Learner:
             nll: makes a differentiable pass, [tokens] in nats, under the attached adapter.
             first: such a pass that was made already, used for the first epoch.
             helps: looks at the updated adapter; while it says no, the update is cut to a quarter.
+            ready: `adapter.gradient` holds the first epoch's gradient already.
 
         Raises:
             NotFinite: after everything was put back.
@@ -88,8 +91,9 @@ class Learner:
         norm = 0.0
         try:
             for epoch in range(self.recipe.epochs):
-                loss = first if epoch == 0 and first is not None else self._pass(nll)
-                norm = self._step(loss, rate, unlearned=epoch == 0)
+                if epoch > 0 or not ready:
+                    self._backward(first if epoch == 0 and first is not None else self._pass(nll))
+                norm = self._step(rate, unlearned=epoch == 0)
             # One pass over the weights; isfinite() takes three and two copies.
             if not float(torch.linalg.vector_norm(adapter.flat)) < float("inf"):
                 raise NotFinite("the updated adapter is not finite")
@@ -140,16 +144,19 @@ class Learner:
                 self._dropout_state = torch.random.get_rng_state()
             return result
 
-    def _step(self, nll: Tensor, rate: float, *, unlearned: bool) -> float:
-        """One optimiser step; returns the gradient norm before clipping.
+    def _backward(self, nll: Tensor) -> None:
+        """The gradient of its mean."""
+        self.adapter.gradient.zero_()
+        with torch.enable_grad():  # transformers' `generate` calls us with gradients switched off
+            loss = nll.mean()
+        loss.backward()
+
+    def _step(self, rate: float, *, unlearned: bool) -> float:
+        """One optimiser step along the gradient; returns the norm of that before clipping.
 
         unlearned: the chunk is new to the adapter.
         """
         adapter = self.adapter
-        adapter.gradient.zero_()
-        with torch.enable_grad():  # transformers' `generate` calls us with gradients switched off
-            loss = nll.mean()
-        loss.backward()
         norm = float(torch.linalg.vector_norm(adapter.gradient))
         if not norm < float("inf"):
             raise NotFinite("the loss or its gradient is not finite")

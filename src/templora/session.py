@@ -16,13 +16,13 @@ from transformers import LogitsProcessorList
 
 from templora.adapter import Adapter
 from templora.base import Base
-from templora.detokenizer import Detokenizer
 from templora.errors import InvalidText, NeedsFolder, SessionClosed, TemploraError
-from templora.events import ChunkScored, ChunkWritten, End, Event, Token, Warned
+from templora.events import ChunkScored, ChunkWritten, Event, Token, Warned
 from templora.learner import Learner
 from templora.memory import fits_in_memory
 from templora.metrics import Tally, count
 from templora.passes import Passes
+from templora.pen import Pen, Wishes
 from templora.recipe import SIZES, Recipe
 from templora.recipe import load as load_recipe
 from templora.sampling import Sampler, Sampling
@@ -162,48 +162,28 @@ class Session:
         if not self.ids and not (self.base.has_tokenizer and self.base.prefix_ids):
             raise InvalidText("the prompt is empty and this base has no start token; give a prompt")
         draw = sampling or Sampling.of(self.base.model.generation_config, **sampling_wishes)
-        return self._write(tokens, draw, processors, tuple(stop), stop_at_eos, score_base)
+        return self._write(Wishes(tokens, draw, processors, tuple(stop), stop_at_eos, score_base))
 
-    def _write(
-        self,
-        tokens: int,
-        sampling: Sampling,
-        processors: LogitsProcessorList | None,
-        stop: tuple[str, ...],
-        stop_at_eos: bool,
-        score_base: bool,
-    ) -> Iterator[Event]:
+    def _write(self, wishes: Wishes) -> Iterator[Event]:
         if not self.ids:
             self._give(self.base.prefix_ids, "")
-        eos = self.base.eos_ids
-        if processors is None:
-            processors = sampling.processors([] if stop_at_eos else eos, str(self.base.device))
-        detokenizer = Detokenizer(self.base.tokenizer, self.ids) if self.base.has_tokenizer else None
-        started, clock = time.perf_counter(), time.perf_counter()
-        base, adapted, reason, written = Tally(), Tally(), "tokens", 0
-        tail, longest = "", max(map(len, stop), default=0)
+        pen, clock = Pen(self.base, wishes, self.ids), time.perf_counter()
         yield from self._announcements()
         while True:
-            for event in self._finish_full_chunks(score_base, clock):
-                count(event, base, adapted)
+            for event in self._finish_full_chunks(wishes.score_base, clock):
+                pen.count(event)
                 yield event
                 clock = time.perf_counter()
-            if written >= tokens or reason != "tokens":
+            if pen.done:
                 break
-            token = self._next_token(processors, greedy=sampling.temperature == 0)
-            if stop_at_eos and token in eos:
-                reason = "eos"
+            token = self._next_token(pen.processors, greedy=pen.greedy)
+            piece = pen.take(token)
+            if piece is None:
                 self._looked()
                 break
-            piece = detokenizer.step(token) if detokenizer else ""
             self._append(token, piece)
-            written += 1
-            tail = (tail + piece)[-longest - len(piece) :]
-            if any(wanted in tail for wanted in stop):
-                reason = "stop"
             yield Token(len(self.ids) - 1, token, piece)
-        seconds = time.perf_counter() - started
-        yield End(reason, written, seconds, adapted.tokens, base.perplexity, adapted.perplexity)
+        yield pen.end()
 
     def translate(
         self, passages: "Iterable[Passage]", source_language: str, target_language: str, **wishes: Any

@@ -60,23 +60,43 @@ class Study:
             ids: the text; the chunk of `span` is complete. written: tokens of it that are the model's own.
             score_base: whether the event must carry the base's score.
         """
-        learns, guarded = self.recipe.learning_rate > 0, self.recipe.guard
-        one_pass = learns and self.learner.one_pass and self.recipe.context_equals_window
+        one_pass = self.one_pass
         started = time.perf_counter()
         with self.adapter.attached(), torch.set_grad_enabled(one_pass):
             first = self.passes.nll(ids, span, self.passes.window)
         adapted, base = float(first.detach().sum()), None
         # Where that pass is also the first of learning, its time counts as learning.
         spent = time.perf_counter() - started if one_pass else 0.0
-        if score_base or (guarded and learns and self.guard.wants_base(span.chunk, written)):
+        if score_base or self.wants_base(span, written):
             base = self.passes.base_nll(ids, span)
+        events, learns = self.judge(ids, span, written, adapted, base)
+        if learns:
+            started = time.perf_counter() - spent
+            events.append(self.learn(ids, span, adapted, started, first if one_pass else None))
+        return events
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether the pass that scores a chunk is the first that it is learned by."""
+        learns = self.recipe.learning_rate > 0 and self.learner.one_pass
+        return learns and self.recipe.context_equals_window
+
+    def wants_base(self, span: Span, written: int) -> bool:
+        """Whether the guard needs the base's score of this chunk."""
+        guarded = self.recipe.guard and self.recipe.learning_rate > 0
+        return guarded and self.guard.wants_base(span.chunk, written)
+
+    def judge(
+        self, ids: Sequence[int], span: Span, written: int, adapted: float, base: float | None
+    ) -> tuple[list[Event], bool]:
+        """What there is to say of a chunk that was scored, and whether it should be learned."""
         place = (span.chunk, span.start, span.tokens)
         events: list[Event] = [ChunkScored(*place, adapted, base)]
-        if not learns:
-            return events
-        if guarded:
+        if self.recipe.learning_rate == 0:
+            return events, False
+        if self.recipe.guard:
             if (back := self._go_back(ids, span, adapted, base)) is not None:
-                return [*events, back]
+                return [*events, back], False
             per_token = (adapted / span.tokens, None if base is None else base / span.tokens)
             recent = ids[max(0, span.stop - max(span.tokens, LOOK_BACK)) : span.stop]
             reason = self.guard.reason_to_skip(recent, span.tokens, *per_token, written)
@@ -84,9 +104,45 @@ class Study:
                 # What a LoRA update adds grows with its scale, and KL with the square of that.
                 self.adapter.shrink(self.guard.shrinking(*per_token))
             if reason is not None:
-                return [*events, ChunkSkipped(*place, reason)]
-        started = time.perf_counter() - spent
-        return [*events, self._learn(ids, span, adapted, first if one_pass else None, started)]
+                return [*events, ChunkSkipped(*place, reason)], False
+        return events, True
+
+    def learn(
+        self,
+        ids: Sequence[int],
+        span: Span,
+        score: float,
+        started: float,
+        first: Tensor | None = None,
+        *,
+        ready: bool = False,
+    ) -> Event:
+        """Learn a chunk that was judged.
+
+        Args:
+            score: its NLL before that, in nats. started: when its passes began, in seconds of the clock.
+            first, ready: as for `Learner.learn`.
+        """
+        rate = self.recipe.rate_at(span.chunk) * self.guard.rate
+        checked = self.recipe.guard and self.guard.checks(self.adapter.version)
+        seen = _Seen(ids[span.visible : span.stop], span.tokens, score)
+        try:
+            update = self.learner.learn(
+                rate,
+                lambda: self.passes.nll(ids, span, self.recipe.context),
+                first,
+                (lambda: self._helps(seen)) if checked else None,
+                ready=ready,
+            )
+        except NotFinite as error:
+            message = f"chunk {span.chunk} was not learned: {error}; the update was dropped, the text goes on"
+            return Warned("not_finite", message)
+        if update.share < 1:
+            self.guard.rate *= max(update.share, 0.25)
+        self._last = seen
+        seconds = time.perf_counter() - started
+        numbers = (update.version, update.learning_rate, update.gradient_norm, update.share, seconds)
+        return ChunkLearned(span.chunk, span.start, span.tokens, *numbers)
 
     def state(self) -> dict[str, Any]:
         """Adapter, optimiser, guard and caches: plain values and tensors, copied."""
@@ -109,29 +165,6 @@ class Study:
         self.passes.load_state(state["passes"])
         self._good = _Good(*state["good"])
         self._last = None if state["last"] is None else _Seen(*state["last"])
-
-    def _learn(
-        self, ids: Sequence[int], span: Span, score: float, first: Tensor | None, started: float
-    ) -> Event:
-        rate = self.recipe.rate_at(span.chunk) * self.guard.rate
-        checked = self.recipe.guard and self.guard.checks(self.adapter.version)
-        seen = _Seen(ids[span.visible : span.stop], span.tokens, score)
-        try:
-            update = self.learner.learn(
-                rate,
-                lambda: self.passes.nll(ids, span, self.recipe.context),
-                first,
-                (lambda: self._helps(seen)) if checked else None,
-            )
-        except NotFinite as error:
-            message = f"chunk {span.chunk} was not learned: {error}; the update was dropped, the text goes on"
-            return Warned("not_finite", message)
-        if update.share < 1:
-            self.guard.rate *= max(update.share, 0.25)
-        self._last = seen
-        seconds = time.perf_counter() - started
-        numbers = (update.version, update.learning_rate, update.gradient_norm, update.share, seconds)
-        return ChunkLearned(span.chunk, span.start, span.tokens, *numbers)
 
     def _helps(self, seen: _Seen) -> bool:
         """Whether the updated adapter does no worse on this chunk, and on the one before, than unlearned."""

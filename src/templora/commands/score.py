@@ -1,7 +1,7 @@
 """`templora score`: how much the adapter knows of a text, measured token by token."""
 
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ Measure perplexity: each token is scored by an adapter that has seen only earlie
     templora score novel.txt --tokens 20000
 
     templora score *.txt --recipe paper --window 1024 --json scores.json --plot scores.png
+
+    templora score *.txt --batch 8 --json scores.json
 """
 
 
@@ -46,6 +48,7 @@ def score(
     json_: Annotated[Path | None, typer.Option("--json", help="Where results are stored.")] = None,
     plot: Annotated[Path | None, typer.Option(help="A picture: perplexity by position.")] = None,
     resume: Annotated[bool, typer.Option(help="Keep what --json holds; do the rest.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="How many texts at once, each with its adapter.")] = 1,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
@@ -55,7 +58,10 @@ def score(
         job = Job(load_base(model, dtype, device), made, seed, tokens, skip, base)
         results = Results(json_, resume=resume)
         with interruptible() as interrupted:
-            failed = score_all(job, files, results, interrupted)
+            if batch > 1:
+                failed = score_together(job, files, results, interrupted, batch)
+            else:
+                failed = score_all(job, files, results, interrupted)
         if plot is not None:
             from templora.bench.plot import plot_by_position
 
@@ -78,6 +84,10 @@ class Job:
     skip: int
     score_base: bool
 
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a text that are scored."""
+        return self.base.encode(text)[self.skip : None if self.tokens is None else self.skip + self.tokens]
+
     def run(
         self, name: str, text: str, interrupted: list[int], checkpoint: "Checkpoint"
     ) -> dict[str, Any] | None:
@@ -87,7 +97,7 @@ class Job:
         from templora.tasks.score import Scores, scoring
 
         session = self.base.session(self.recipe, seed=self.seed)
-        ids = self.base.encode(text)[self.skip : None if self.tokens is None else self.skip + self.tokens]
+        ids = self.ids(text)
         scores = Scores.of(self.base, ids)
         spent = checkpoint.restore(name, session, scores)
         started = perf_counter() - spent
@@ -155,6 +165,44 @@ def score_all(job: Job, files: list[Path], results: Results, interrupted: list[i
             checkpoint.clear()
             say(_line(entry))
     return failed
+
+
+def score_together(job: Job, files: list[Path], results: Results, interrupted: list[int], size: int) -> int:
+    """`score_all`, several at once; stopped, it goes on with the documents that were not done."""
+    from templora.batch import Batch
+    from templora.bench.result import result
+    from templora.tasks.batch import scoring
+    from templora.tasks.score import Scores
+
+    open_: list[tuple[str, Scores, float]] = []
+    failed: list[Path] = []
+
+    def documents() -> Iterator[list[int]]:
+        for file in files:
+            if results.has(str(file)):
+                continue
+            try:
+                ids = job.ids(text_of(file))
+            except TemploraError as error:
+                say(f"error: {error}")
+                failed.append(file)
+                continue
+            open_.append((str(file), Scores.of(job.base, ids), perf_counter()))
+            yield ids
+
+    batch = Batch(job.base, job.recipe, size=size)
+    for text, event in scoring(batch, documents(), seed=job.seed, score_base=job.score_base):
+        if interrupted:
+            break
+        name, scores, started = open_[text.number]
+        if event is not None:
+            scores.take(event)
+            continue
+        entry = result(name, scores, text, perf_counter() - started)
+        text.discard()
+        results.add(entry)
+        say(_line(entry))
+    return len(failed)
 
 
 def _line(entry: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from templora.commands.opening import (
     repeated,
 )
 from templora.commands.options import Context, Device, Dtype, Model, Pairs, RecipeName, Window
+from templora.commands.prompts import write_all
 from templora.commands.running import INTERRUPTED, interruptible, one_line_errors, say
 from templora.errors import InvalidText
 
@@ -47,6 +48,8 @@ Continue a text, learning it on the way.
     templora write "It was a dark and stormy night" --session my-novel
 
     templora write --prompt-file opening.txt --model ./my-model --window 2048 --json
+
+    templora write --prompts openings.txt --batch 8 --out-dir novels
 """
 
 
@@ -60,6 +63,11 @@ def write(
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write.")] = 1000,
     out: Annotated[Path | None, typer.Option(help="Where the text is saved. Never overwrites.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help='Several prompts: one a line, or .jsonl with "prompt" and "name".')
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="How many of --prompts at once.")] = 8,
+    out_dir: Annotated[Path | None, typer.Option(help="A folder for the texts of --prompts.")] = None,
     model: Model = "novelist",
     recipe: RecipeName = "default",
     set_: Pairs = None,
@@ -82,12 +90,6 @@ def write(
 ) -> None:
     """Continue a text."""
     with one_line_errors():
-        goes_on = bool(read) or (session is not None and exists(session))
-        opening = _opening(prompt, prompt_file, goes_on)
-        texts = [text_of(path) for path in read or []]
-        path = out
-        if path is None and session is None:
-            path = Path(f"templora-{datetime.now():%Y%m%d-%H%M%S}.txt")
         sampling = {
             "temperature": temperature,
             "top_k": top_k,
@@ -97,6 +99,16 @@ def write(
         }
         sizes = {"window": window, "chunk": chunk, "context": context}
         wanted = Wanted(model, recipe, set_ or [], sizes, seed, dtype, device, given(context_))
+        if prompts is not None:
+            how = {"stop": stop or (), "stop_at_eos": stop_at_eos, "score_base": base}
+            write_all(wanted, prompts, out_dir, batch, {"tokens": tokens, "draw": sampling, **how}, json=json)
+            return
+        goes_on = bool(read) or (session is not None and exists(session))
+        opening = _opening(prompt, prompt_file, goes_on)
+        texts = [text_of(path) for path in read or []]
+        path = out
+        if path is None and session is None:
+            path = Path(f"templora-{datetime.now():%Y%m%d-%H%M%S}.txt")
         made = begun(wanted) if session is None else opened(session, wanted)
         wishes = {
             "stop": stop or (),

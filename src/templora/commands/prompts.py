@@ -1,0 +1,141 @@
+"""`templora write --prompts`: several prompts at once, a file for each text."""
+
+import json
+from collections.abc import Collection
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from templora.commands.inputs import load_base, load_recipe, text_of
+from templora.commands.opening import Wanted
+from templora.commands.running import INTERRUPTED, interruptible, say
+from templora.errors import InvalidRecipe, InvalidText, OutputError
+
+if TYPE_CHECKING:
+    from templora.events import End, Event
+    from templora.report import TextFile
+
+# Options of one text that mean nothing for several.
+ALONE = ("prompt", "prompt_file", "read", "session", "out")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """name: of its file in the output folder, without a suffix."""
+
+    name: str
+    text: str
+
+
+def prompts_of(path: Path) -> list[Prompt]:
+    """The prompts in a file: JSON lines with "prompt" and perhaps "name", else one prompt a line.
+
+    Raises:
+        InvalidText: it is no such file; the message names the line.
+    """
+    lines = [(number, line) for number, line in enumerate(text_of(path).splitlines(), 1) if line.strip()]
+    width = len(str(len(lines)))
+    found: list[Prompt] = []
+    for count, (number, line) in enumerate(lines, 1):
+        name, text = f"{count:0{width}}", line
+        if path.suffix == ".jsonl":
+            name, text = _from_json(line, name, f"line {number} of {path}")
+        found.append(Prompt(name, text))
+    names = [prompt.name for prompt in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InvalidText(f"{path} has two prompts named {twice!r}; give each a name of its own")
+    return found
+
+
+def write_all(
+    wanted: Wanted, path: Path, folder: Path | None, size: int, wishes: dict[str, Any], *, json: bool
+) -> None:
+    """Continue every prompt in that file, `size` at once. wishes: for `write_batch`.
+
+    Raises:
+        InvalidText, InvalidRecipe, OutputError: before anything is written.
+    """
+    if refused := [f"--{n.replace('_', '-')}" for n in ALONE if n in wanted.given]:
+        raise InvalidRecipe(f"--prompts writes new texts into --out-dir; leave out {', '.join(refused)}")
+    if folder is None:
+        raise OutputError("--prompts needs --out-dir, a folder for the texts")
+    prompts = prompts_of(path)
+    base = load_base(wanted.model, wanted.dtype, wanted.device)
+    recipe = load_recipe(wanted.recipe, wanted.pairs, wanted.sizes)
+    from templora.sampling import Sampling
+    from templora.tasks.batch import write_batch
+
+    sampling = Sampling.of(base.model.generation_config, **wishes.pop("draw"))
+    texts = [prompt.text for prompt in prompts]
+    events = write_batch(base, texts, recipe=recipe, size=size, seed=wanted.seed, sampling=sampling, **wishes)
+    with ExitStack() as stack:
+        files = _files(folder, prompts, stack)
+        interrupted = stack.enter_context(interruptible())
+        for number, event in events:
+            files[number].take(event)
+            _show(prompts[number].name, event, json=json)
+            if interrupted:
+                say(f"interrupted; all that was written is in {folder}")
+                raise typer.Exit(INTERRUPTED)
+    say(f"saved to {folder}")
+
+
+def _files(folder: Path, prompts: Collection[Prompt], stack: ExitStack) -> "list[TextFile]":
+    """A file for each text, that begins with its prompt."""
+    from templora.report import TextFile
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder}: {error.strerror}; choose another --out-dir") from error
+    paths = [folder / f"{prompt.name}.txt" for prompt in prompts]
+    if there := next((path for path in paths if path.exists()), None):
+        raise OutputError(f"{there} exists and is never overwritten; choose another --out-dir")
+    files = [stack.enter_context(TextFile(path)) for path in paths]
+    for file, prompt in zip(files, prompts, strict=True):
+        file.echo(prompt.text)
+    return files
+
+
+def _show(name: str, event: "Event", *, json: bool) -> None:
+    """One event a line to stdout, with the text's name; or what is worth saying to stderr."""
+    from templora.events import End, Warned
+
+    if json:
+        print(_line(name, event), flush=True)
+    elif isinstance(event, End):
+        say(f"{name}: {_summary(event)}")
+    elif isinstance(event, Warned):
+        say(f"warning: {name}: {event.message}")
+
+
+def _line(name: str, event: "Event") -> str:
+    return json.dumps({"name": name, **event.as_dict()}, ensure_ascii=False)
+
+
+def _summary(end: "End") -> str:
+    line = f"{end.tokens:,} tokens"
+    if not (end.adapted_perplexity and end.base_perplexity):
+        return line
+    change = 100 * (end.adapted_perplexity / end.base_perplexity - 1)
+    return (
+        f"{line}, perplexity base {end.base_perplexity:.2f}, "
+        f"adapter {end.adapted_perplexity:.2f} ({change:+.1f} %)"
+    )
+
+
+def _from_json(line: str, name: str, place: str) -> tuple[str, str]:
+    try:
+        entry: Any = json.loads(line)
+    except ValueError as error:
+        raise InvalidText(f"{place} is not JSON ({error}); write one object a line") from error
+    text = entry.get("prompt") if isinstance(entry, dict) else None
+    name = str(entry.get("name", name)) if isinstance(entry, dict) else name
+    if not isinstance(text, str) or not text.strip():
+        raise InvalidText(f'{place} has no prompt; write {{"prompt": "It was a dark night"}}')
+    if Path(name).name != name:
+        raise InvalidText(f"{place}: the name {name!r} cannot be a file's; leave out slashes")
+    return name, text

@@ -1,0 +1,87 @@
+"""What a model writes, token by token: how it is drawn, what text it makes, when it ends. No tensors here."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from transformers import LogitsProcessorList
+
+from templora.base import Base
+from templora.detokenizer import Detokenizer
+from templora.events import End, Event
+from templora.metrics import Tally, count
+from templora.sampling import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What `Session.write` is asked for; see there."""
+
+    tokens: int
+    sampling: Sampling
+    processors: LogitsProcessorList | None = None
+    stop: tuple[str, ...] = ()
+    stop_at_eos: bool = False
+    score_base: bool = True
+
+
+@dataclass(slots=True)
+class Pen:
+    """One call of `write` on one text. ids: the text so far. reason: why it ended, "tokens" until it did."""
+
+    base: Base
+    wishes: Wishes
+    ids: Sequence[int]
+    written: int = 0
+    reason: str = "tokens"
+    processors: LogitsProcessorList = field(init=False)
+    _detokenizer: Detokenizer | None = field(init=False)
+    _eos: list[int] = field(init=False)
+    _tail: str = ""
+    _longest: int = 0
+    _started: float = field(default_factory=time.perf_counter)
+    _scored: tuple[Tally, Tally] = field(default_factory=lambda: (Tally(), Tally()))
+
+    def __post_init__(self) -> None:
+        base, wishes = self.base, self.wishes
+        self._eos = base.eos_ids
+        banned = [] if wishes.stop_at_eos else self._eos
+        self.processors = (
+            wishes.sampling.processors(banned, str(base.device))
+            if wishes.processors is None
+            else wishes.processors
+        )
+        self._detokenizer = Detokenizer(base.tokenizer, self.ids) if base.has_tokenizer else None
+        self._longest = max(map(len, wishes.stop), default=0)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.wishes.sampling.temperature == 0
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing more to write."""
+        return self.written >= self.wishes.tokens or self.reason != "tokens"
+
+    def take(self, token: int) -> str | None:
+        """The text that a token completes; None if it ends the text and is no part of it."""
+        if self.wishes.stop_at_eos and token in self._eos:
+            self.reason = "eos"
+            return None
+        piece = self._detokenizer.step(token) if self._detokenizer else ""
+        self.written += 1
+        self._tail = (self._tail + piece)[-self._longest - len(piece) :]
+        if any(wanted in self._tail for wanted in self.wishes.stop):
+            self.reason = "stop"
+        return piece
+
+    def count(self, event: Event) -> None:
+        """Note what was scored."""
+        count(event, *self._scored)
+
+    def end(self) -> End:
+        """What it came to."""
+        base, adapted = self._scored
+        seconds = time.perf_counter() - self._started
+        return End(self.reason, self.written, seconds, adapted.tokens, base.perplexity, adapted.perplexity)

@@ -1,0 +1,185 @@
+"""Several texts at once on one base: the loops over a `Batch`, and whom each event is of.
+
+A text gets what it would get alone, in the same order; only the order among texts is the batch's.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from templora.base import Base
+from templora.batch import Batch, Text
+from templora.errors import InvalidText
+from templora.events import End, Event
+from templora.pen import Wishes
+from templora.sampling import Sampling
+from templora.tasks.score import Scores
+
+
+def scoring(
+    batch: Batch, documents: Iterable[Sequence[int]], *, seed: int = 0, score_base: bool = True
+) -> Iterator[tuple[Text, Event | None]]:
+    """`tasks.score.scoring` of many documents: as soon as one is over, the next takes its place.
+
+    Args:
+        documents: token ids of each; one is asked for when there is room for it.
+
+    Yields:
+        Each event with the text it is of; None as the last of a text. `Text.number` counts from 0.
+    """
+    waiting = enumerate(documents)
+    while True:
+        while len(batch.texts) < batch.size and (following := next(waiting, None)) is not None:
+            number, ids = following
+            joined = batch.text(ids, seed=seed, number=number)
+            batch.join(joined)
+            yield from ((joined, event) for event in joined.announcements())
+            yield from _let_go(batch)
+        if not batch.texts:
+            return
+        for text, events in batch.finish_chunks(score_base=score_base):
+            yield from ((text, event) for event in events)
+        yield from _let_go(batch)
+
+
+def score_batch(
+    base: Base,
+    texts: Sequence[str],
+    recipe: Any = "default",
+    *,
+    size: int = 8,
+    seed: int = 0,
+    score_base: bool = True,
+    **overrides: Any,
+) -> list[Scores]:
+    """Score several texts, each on a fresh adapter, `size` of them at once.
+
+    Args:
+        score_base: also score each chunk under the bare base with the same window.
+        recipe, seed, overrides: as for `Base.session`.
+
+    Returns:
+        Of each text what `tasks.score.score` says of it, within rounding.
+
+    Raises:
+        InvalidRecipe, UnsupportedModel: this recipe or base must run its texts one at a time.
+    """
+    documents = [base.encode(text) for text in texts]
+    scores = [Scores.of(base, ids) for ids in documents]
+    batch = Batch(base, recipe, size=size, **overrides)
+    for text, event in scoring(batch, documents, seed=seed, score_base=score_base):
+        if event is None:
+            text.discard()
+        else:
+            scores[text.number].take(event)
+    return scores
+
+
+def write_batch(
+    base: Base,
+    prompts: Sequence[str],
+    tokens: int,
+    recipe: Any = "default",
+    *,
+    size: int = 8,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    stop_at_eos: bool = False,
+    score_base: bool = True,
+    sampling: Sampling | None = None,
+    **overrides: Any,
+) -> Iterator[tuple[int, Event]]:
+    """Continue several prompts, each with a fresh adapter, `size` of them at once.
+
+    Args:
+        tokens: how many to write of each at most. sampling: else the base's own generation config.
+        stop, stop_at_eos, score_base: as for `Session.write`.
+        recipe, seed, overrides: as for `Base.session`.
+
+    Yields:
+        The index of a prompt and what has happened to it, as `Session.reading` and `Session.write` tell it.
+
+    Raises:
+        InvalidRecipe, UnsupportedModel: this recipe or base must run its texts one at a time.
+        InvalidText: a prompt is empty.
+    """
+    sampling = sampling or Sampling.of(base.model.generation_config)
+    wishes = Wishes(tokens, sampling, None, tuple(stop), stop_at_eos, score_base)
+    return _numbered(Batch(base, recipe, size=size, **overrides), prompts, wishes, seed)
+
+
+def _numbered(batch: Batch, prompts: Sequence[str], wishes: Wishes, seed: int) -> Iterator[tuple[int, Event]]:
+    for text, event in writing(batch, prompts, wishes, seed=seed):
+        yield text.number, event
+        if isinstance(event, End):
+            text.discard()
+
+
+def writing(
+    batch: Batch, prompts: Sequence[str], wishes: Wishes, *, seed: int = 0
+) -> Iterator[tuple[Text, Event]]:
+    """Read each prompt and write on, as `Session.reading` and `Session.write` do, `batch.size` at once.
+
+    Prompts of like length run together.
+
+    Yields:
+        Each event with the text it is of; the last of a text is its `End`.
+    """
+    if not all(prompts):
+        raise InvalidText(f"prompt {[*map(bool, prompts)].index(False) + 1} is empty; give it some text")
+    ids = [batch.base.encode(prompt) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda number: -len(ids[number]))
+    for start in range(0, len(order), batch.size):
+        group = [
+            batch.text(ids[n], prompts[n], seed=seed, number=n) for n in order[start : start + batch.size]
+        ]
+        yield from reading(batch, group, score_base=wishes.score_base)
+        yield from going_on(batch, wishes)
+
+
+def reading(batch: Batch, group: Sequence[Text], *, score_base: bool) -> Iterator[tuple[Text, Event]]:
+    """Learn what is given; a longer text begins earlier, so that all are read to their end at the same time.
+
+    group: longest first.
+    """
+    for left in range(group[0].full_chunks, -1, -1):
+        for text in group[len(batch.texts) :]:
+            if text.full_chunks >= left:
+                batch.join(text)
+                yield from ((text, event) for event in text.announcements())
+        if left:
+            for text, events in batch.finish_chunks(score_base=score_base):
+                yield from ((text, event) for event in events)
+
+
+def going_on(batch: Batch, wishes: Wishes) -> Iterator[tuple[Text, Event]]:
+    """Write on in every text of the batch, until none is left in it."""
+    for text in batch.texts:
+        text.begin(wishes)
+    while batch.texts:
+        yield from _writing(batch, wishes.score_base)
+
+
+def _writing(batch: Batch, score_base: bool) -> Iterator[tuple[Text, Event]]:
+    """One chunk of every text; texts that are done leave, learned if their chunk is full."""
+    yield from batch.write_chunk()
+    yield from _ends(batch, [text for text in batch.texts if not text.is_full])
+    if not batch.texts:
+        return
+    for text, events in batch.finish_chunks(score_base=score_base):
+        for event in events:
+            text.pen.count(event)
+            yield text, event
+    yield from _ends(batch, [text for text in batch.texts if text.pen.done])
+
+
+def _ends(batch: Batch, texts: Sequence[Text]) -> Iterator[tuple[Text, Event]]:
+    for text in texts:
+        batch.leave(text)
+        yield text, text.pen.end()
+
+
+def _let_go(batch: Batch) -> Iterator[tuple[Text, None]]:
+    """Texts that are scored to their end."""
+    for text in [text for text in batch.texts if text.span.tokens < 1]:
+        batch.leave(text)
+        yield text, None
