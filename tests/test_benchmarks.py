@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 import templora
 from benchmarks import gpu
 from benchmarks.needs import Needs, recipe
+from benchmarks.own_text import longest_repeat
 from benchmarks.whole_window import crossover, total
 from templora.testing import tiny_llama
 
@@ -71,6 +72,20 @@ def test_several_texts_at_once_come_to_what_each_does_alone(run: Runs) -> None:
     for result in results:
         assert all(min(seconds) > 0 for seconds in result["seconds"].values())
         assert abs(result["apart"]) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_text_of_its_own_is_written_and_measured(tmp_path: Path) -> None:
+    sides = run("own_text", tmp_path)["results"]
+    assert [side["side"] for side in sides] == ["guard", "no guard", "no adapter"]
+    assert all(0 < part["distinct-4"] <= 1 for side in sides for part in side["parts"])
+    assert (tmp_path / "own_text.png").stat().st_size > 0
+
+
+def test_the_longest_repeat_is_what_a_plain_search_finds() -> None:
+    assert longest_repeat([1, 2, 3, 4, 1, 2, 3, 5]) == 3
+    assert longest_repeat([7] * 5) == 4
+    assert longest_repeat([1, 2, 3]) == 0
 
 
 @pytest.mark.slow
