@@ -12,7 +12,8 @@ FLOORS = {
     0: "errors events recipe window metrics",
     1: "base loading probe cross_entropy cache injection lora_linear adapter magnitude passes template "
     "learner guard study decoder detokenizer sampling memory sizes kernels step pen stacked rows row_passes",
-    2: "session batch durable replay snapshot store shelf header history journal versions lock migrations",
+    2: "session batch parallel durable replay snapshot store shelf header history journal versions lock "
+    "migrations",
     3: "tasks formats hook",
     4: "report bench",
     5: "commands cli __main__",
@@ -20,7 +21,7 @@ FLOORS = {
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 BESIDE = {"testing": 1}  # public fakes stand beside the house and may use its two lowest floors
 # `Base.session()` makes a session without knowing it, `Session.translate()` a translator.
-DOORS = {("base", "session"), ("base", "durable"), ("session", "tasks")}
+DOORS = {("base", "session"), ("base", "durable"), ("base", "parallel"), ("session", "tasks")}
 HEAVY = {"torch", "transformers", "peft", "tokenizers", "safetensors"}
 
 

@@ -221,6 +221,18 @@ def test_a_loop_that_is_open_when_its_session_is_discarded_is_refused() -> None:
     assert torch.equal(BASE.model(FIXED).logits, MODEL(FIXED).logits)
 
 
+@pytest.mark.parametrize("kind", [Token, ChunkWritten, ChunkLearned])
+def test_at_whatever_event_it_was_discarded_the_text_stays(kind: type[Event]) -> None:
+    made = session()
+    loop = made.write(40)
+    next(event for event in loop if isinstance(event, kind))
+    made.discard()
+    text = made.text
+    with pytest.raises(SessionClosed):
+        list(loop)
+    assert made.text == text
+
+
 @KINDS
 def test_two_sessions_on_one_base_do_not_know_of_each_other(kind: dict[str, Any]) -> None:
     alone = [text_after(session(seed, **kind), 50) for seed in (1, 2)]

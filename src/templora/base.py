@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from templora import kernels, loading
 from templora.cache import WindowCache
 from templora.cross_entropy import linear_nll, logits_nll
+from templora.errors import InvalidRecipe
 from templora.probe import Probe, probe
 from templora.step import step_of
 
@@ -68,6 +69,7 @@ class Base:
         seed: int = 0,
         dir: str | Path | None = None,
         budget: int | None = None,
+        parallel: bool = False,
         **overrides: Any,
     ) -> Any:
         """A new session: one text with a fresh adapter.
@@ -77,6 +79,7 @@ class Base:
             seed: of the adapter's start and of sampling.
             dir: a folder that does not exist yet: the session lives there, survives, and can be undone;
                 `templora.resume` continues it. budget: bytes its saved versions may take, by default 1 GiB.
+            parallel: learn each chunk while the next is written, by the adapter of a chunk ago; in memory only.
 
         Raises:
             InvalidRecipe, WindowTooLarge, UnsupportedModel: before any work starts.
@@ -84,6 +87,14 @@ class Base:
         """
         from templora import durable, session
 
+        if parallel:
+            from templora.parallel import ParallelSession
+
+            if dir is not None:
+                raise InvalidRecipe(
+                    f"a session on disk learns in turn; leave out parallel or the folder {dir}"
+                )
+            return ParallelSession(self, recipe, seed=seed, **overrides)
         if dir is None:
             return session.Session(self, recipe, seed=seed, **overrides)
         return durable.create(self, dir, recipe, seed, budget, **overrides)

@@ -73,9 +73,10 @@ class Session:
 
     def _start_afresh(self) -> None:
         """Adapter, optimiser, guard, caches and random state as before the first token."""
-        self.adapter = Adapter(self.base.model, self.recipe, self.seed)
+        base = self._learns_on()
+        self.adapter = Adapter(base.model, self.recipe, self.seed)
         self.learner = Learner(self.adapter, self.recipe, self.seed)
-        self.passes = Passes(self.base, self.adapter, self.plan, self.recipe)
+        self.passes = Passes(base, self.adapter, self.plan, self.recipe)
         self.decoder = self.passes.decoder
         self.study = Study(self.passes, self.learner, self.recipe)
         self.sampler = Sampler(self.seed)
@@ -183,6 +184,9 @@ class Session:
                 break
             self._append(token, piece)
             yield Token(len(self.ids) - 1, token, piece)
+        for event in self._outstanding():
+            pen.count(event)
+            yield event
         yield pen.end()
 
     def translate(
@@ -223,6 +227,15 @@ class Session:
         self.adapter.discard()
         self._closed = True
 
+    # What a session that learns while it writes does elsewhere; see `parallel`.
+
+    def _learns_on(self) -> Base:
+        return self.base
+
+    def _outstanding(self) -> Iterator[Event]:
+        """What there is to say of chunks that are learned later than they are full."""
+        return iter(())
+
     # What a session on disk also writes down; see `durable`.
 
     def _give(self, ids: Sequence[int], text: str) -> None:
@@ -258,8 +271,8 @@ class Session:
             return self.sampler.draw(logits, self.ids[span.visible :], processors, greedy=greedy)
 
     def _finish_full_chunks(self, score_base: bool, clock: float | None = None) -> Iterator[Event]:
-        self._check_open()  # also where a session is discarded while its loop is open
         clock = time.perf_counter() if clock is None else clock
+        self._check_open()  # also where a session is discarded while its loop is open
         while len(self.ids) >= (span := self.plan.span(self.chunk)).stop:
             written, seconds = self._own_tokens(span), time.perf_counter() - clock
             base = self._scores_base(span, score_base)
@@ -270,6 +283,7 @@ class Session:
             if written:
                 yield ChunkWritten(span.chunk, span.start, span.tokens, written, seconds)
             yield from events
+            self._check_open()
 
     if not TYPE_CHECKING:
 

@@ -34,6 +34,7 @@ class Wanted:
     dtype: str | None = None
     device: str | None = None
     given: frozenset[str] = frozenset()
+    parallel: bool = False
 
 
 def given(context: typer.Context) -> frozenset[str]:
@@ -67,7 +68,7 @@ def begun(wanted: Wanted, folder: Path | None = None) -> "Session":
     """A new session, on disk if there is a folder."""
     base = load_base(wanted.model, wanted.dtype, wanted.device)
     recipe = load_recipe(wanted.recipe, wanted.pairs, wanted.sizes)
-    return base.session(recipe, seed=wanted.seed, dir=folder)
+    return base.session(recipe, seed=wanted.seed, dir=folder, parallel=wanted.parallel)
 
 
 def has_read(so_far: str, text: str) -> bool:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from templora.report import TextFile
 
 # Options of one text that mean nothing for several.
-ALONE = ("prompt", "prompt_file", "read", "session", "out")
+ALONE = ("prompt", "prompt_file", "read", "session", "out", "parallel")
 
 
 @dataclass(frozen=True, slots=True)

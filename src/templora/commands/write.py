@@ -24,7 +24,7 @@ from templora.commands.opening import (
 from templora.commands.options import Context, Device, Dtype, Model, Pairs, RecipeName, Window
 from templora.commands.prompts import write_all
 from templora.commands.running import INTERRUPTED, interruptible, one_line_errors, say
-from templora.errors import InvalidText
+from templora.errors import InvalidRecipe, InvalidText
 
 if TYPE_CHECKING:
     from templora.events import End, Event
@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 HOW = frozenset(
     ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "stop_at_eos", "base"]
 )
-OF_SESSION = frozenset(["model", "recipe", "set_", "window", "chunk", "context", "seed", "dtype", "device"])
+OF_SESSION = frozenset(
+    ["model", "recipe", "set_", "window", "chunk", "context", "seed", "dtype", "device", "parallel"]
+)
 
 HELP = """
 Continue a text, learning it on the way.
@@ -83,6 +85,9 @@ def write(
     stop: Annotated[list[str] | None, typer.Option(help="End where this string appears.")] = None,
     stop_at_eos: Annotated[bool, typer.Option(help="End where the model ends a document.")] = False,
     base: Annotated[bool, typer.Option(help="Also measure perplexity under the bare base.")] = True,
+    parallel: Annotated[
+        bool, typer.Option("--parallel", help="Learn each chunk while the next is written, a chunk behind.")
+    ] = False,
     dtype: Dtype = None,
     device: Device = None,
     json: Annotated[bool, typer.Option("--json", help="One event a line.")] = False,
@@ -98,11 +103,13 @@ def write(
             "repetition_penalty": repetition_penalty,
         }
         sizes = {"window": window, "chunk": chunk, "context": context}
-        wanted = Wanted(model, recipe, set_ or [], sizes, seed, dtype, device, given(context_))
+        wanted = Wanted(model, recipe, set_ or [], sizes, seed, dtype, device, given(context_), parallel)
         if prompts is not None:
             how = {"stop": stop or (), "stop_at_eos": stop_at_eos, "score_base": base}
             write_all(wanted, prompts, out_dir, batch, {"tokens": tokens, "draw": sampling, **how}, json=json)
             return
+        if parallel and session is not None:
+            raise InvalidRecipe("a session on disk learns in turn; leave out --parallel or --session")
         goes_on = bool(read) or (session is not None and exists(session))
         opening = _opening(prompt, prompt_file, goes_on)
         texts = [text_of(path) for path in read or []]
