@@ -61,6 +61,12 @@ def test_it_runs_and_both_sides_compute_the_same(name: str, run: Runs, tmp_path:
 
 
 @pytest.mark.slow
+def test_writing_while_learning_runs(run: Runs) -> None:
+    for result in run("parallel")["results"]:
+        assert all(min(seconds) > 0 for seconds in result["seconds"].values())
+
+
+@pytest.mark.slow
 def test_several_texts_at_once_come_to_what_each_does_alone(run: Runs) -> None:
     results = run("batch")["results"]
     assert [(r["task"], r["texts"]) for r in results] == [

@@ -138,7 +138,7 @@ def test_it_writes_what_the_same_staleness_writes_in_sequence(kind: dict[str, An
 
 
 def test_a_chunk_more_or_less_of_staleness_would_show() -> None:
-    keys = {"cache": "recompute"}
+    keys: dict[str, Any] = {"cache": "recompute"}
     made, in_turn = session(**keys), BASE.session("default", seed=7, **(FAST | keys))
     written(made, 90)
     in_turn.read(PROSE)
@@ -256,7 +256,7 @@ def test_the_twin_shares_every_tensor_and_no_module() -> None:
 
 def test_what_is_given_is_never_stale() -> None:
     # Keys made again, so that only the adapter's version can differ.
-    keys = {"cache": "recompute"}
+    keys: dict[str, Any] = {"cache": "recompute"}
     made, in_turn = session(**keys), BASE.session("default", seed=7, **(FAST | keys))
     in_turn.read(PROSE)
     left = made.plan.span(made.chunk).stop - len(made.ids)

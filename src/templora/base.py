@@ -79,7 +79,7 @@ class Base:
             seed: of the adapter's start and of sampling.
             dir: a folder that does not exist yet: the session lives there, survives, and can be undone;
                 `templora.resume` continues it. budget: bytes its saved versions may take, by default 1 GiB.
-            parallel: learn each chunk while the next is written, by the adapter of a chunk ago; in memory only.
+            parallel: learn each chunk while the next is written, by an older adapter; in memory only.
 
         Raises:
             InvalidRecipe, WindowTooLarge, UnsupportedModel: before any work starts.

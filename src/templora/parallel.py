@@ -51,6 +51,9 @@ class ParallelSession(Session):
     that was given is learned before anything is written after it. A chunk is scored by the adapter that has
     learned all chunks before it, as in any session. Make one with `Base.session(parallel=True)`.
 
+    The writer has keys of its own, of the versions that it wrote with; of given text it makes them when it
+    begins to write.
+
     adapter: what has been learned. In the middle of a loop it may be changing: `settle` first.
     Source: arXiv 2401.11504, "cascaded or parallel deployment".
     """
