@@ -1,9 +1,9 @@
 """Writing while learning against writing and learning in turn, and what a chunk of staleness costs.
 
-Recipe `default`. Three sides write after the same given text: `turn`, on one thread of torch; `turn2`, on two;
-and `parallel`, one thread for the writer and one for the learner. What staleness costs is measured on a given
-text, where both are asked for the same tokens: scored by the adapter that has learned all before a chunk, and
-by the one that has learned all but the last chunk.
+Recipe `default`. Three sides write after the same given text: `turn`, on one thread of torch; `turn2`, on
+two; and `parallel`, one thread for the writer and one for the learner. What staleness costs is measured on a
+given text, where both are asked for the same tokens: scored by the adapter that has learned all before a
+chunk, and by the one that has learned all but the last chunk.
 """
 
 import time
@@ -27,7 +27,8 @@ def writing(shape: str, given: int, tokens: int, sizes: dict[str, int], side: st
     threads, parallel = SIDES[side]
     torch.set_num_threads(threads)
     # Every chunk is learned, whatever it holds.
-    session = shapes.base(shape).session("default", seed=1, parallel=parallel, guard=False, **sizes)
+    keys: dict[str, Any] = {"parallel": parallel, "guard": False, **sizes}
+    session = shapes.base(shape).session("default", seed=1, **keys)
     session.extend(shapes.ids(shape, 1 + given), "")
     for _ in session.learning():
         pass
@@ -39,7 +40,8 @@ def writing(shape: str, given: int, tokens: int, sizes: dict[str, int], side: st
 
 def staleness(shape: str, tokens: int, sizes: dict[str, int]) -> dict[str, float]:
     """Perplexity of a given text by base, newest adapter and the one of a chunk ago."""
-    session: Session = shapes.base(shape).session("default", seed=1, guard=False, **sizes)
+    keys: dict[str, Any] = {"guard": False, **sizes}
+    session: Session = shapes.base(shape).session("default", seed=1, **keys)
     base, plan, recipe, ids = session.base, session.plan, session.recipe, shapes.ids(shape, 1 + tokens)
     # With keys of its own, as a writer has them.
     behind = Adapter(base.model, recipe, 1)
