@@ -1,5 +1,6 @@
 """The fast products and attention against torch's own: values, gradients, and what they must leave alone."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -34,6 +35,13 @@ def compared(inputs: list[Tensor], compute: object, atol: float = 1e-5) -> None:
         made.append([y.detach(), *torch.autograd.grad(y.sin().sum(), leaves)])
     for slow, quick in zip(*made, strict=True):
         assert torch.allclose(slow, quick, atol=atol)
+
+
+def test_a_fast_pass_in_one_thread_changes_nothing_in_another() -> None:
+    with ThreadPoolExecutor(1) as other, Fast():
+        assert kernels.is_fast()
+        assert not other.submit(kernels.is_fast).result()
+    assert not kernels.is_fast()
 
 
 def test_a_product_is_the_same_in_any_layout() -> None:

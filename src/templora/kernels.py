@@ -7,6 +7,7 @@ other thread is touched. It knows nothing of adapters.
 """
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -32,6 +33,9 @@ def product(x: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.binary(x, added, weight, None, "add")
 
 
+_here = threading.local()  # a function mode is its thread's own, and so is what is said of it
+
+
 @cache
 def pays() -> bool:
     """Whether this machine's MKL holds back: decided by what it is, never by a clock, so that runs repeat."""
@@ -48,13 +52,11 @@ def fast(rows: int, *, device: torch.device) -> AbstractContextManager[object]:
 
 def is_fast() -> bool:
     """Whether the pass that runs now is a fast one."""
-    return Fast.depth > 0
+    return getattr(_here, "depth", 0) > 0
 
 
 class Fast(TorchFunctionMode):
     """While it is entered, linear layers and causal attention in fp32 take the ways below."""
-
-    depth = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,11 +68,11 @@ class Fast(TorchFunctionMode):
         }
 
     def __enter__(self) -> "Fast":
-        Fast.depth += 1
+        _here.depth = getattr(_here, "depth", 0) + 1
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        Fast.depth -= 1
+        _here.depth -= 1
         super().__exit__(*error)
 
     def _attention(
