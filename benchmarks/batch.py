@@ -7,7 +7,8 @@ import time
 from typing import Any
 
 from benchmarks import shapes
-from benchmarks.measure import Column, Spread, in_child, parser, ratio, save_table
+from benchmarks.measure import Column, Spread, in_child, parse, parser, ratio, save_table
+from benchmarks.willing import willing
 from templora.batch import Batch
 from templora.events import ChunkScored
 from templora.pen import Wishes
@@ -36,7 +37,7 @@ def alone(task: str, shape: str, texts: int, tokens: int, sizes: dict[str, int])
     for ids in documents(shape, texts, tokens):
         session = base.session("default", seed=1, **sizes)
         if task == "write":
-            session.extend(ids, "")
+            willing(session).extend(ids, "")
             for _ in session.learning(score_base=True):
                 pass
         started = time.perf_counter()
@@ -54,7 +55,7 @@ def batched(task: str, shape: str, texts: int, tokens: int, sizes: dict[str, int
         started = time.perf_counter()
         nll = sum_of(event for _, event in together.scoring(batch, ids, seed=1))
         return time.perf_counter() - started, nll
-    group = [batch.text(own, seed=1, number=number) for number, own in enumerate(ids)]
+    group = [willing(batch.text(own, seed=1, number=number)) for number, own in enumerate(ids)]
     for _ in together.reading(batch, group, score_base=True):
         pass
     started = time.perf_counter()
@@ -93,7 +94,7 @@ def main() -> None:
     arguments.add_argument("--tokens", type=int, default=1024, help="scored or written of each text")
     arguments.add_argument("--texts", type=int, nargs="+", default=[1, 2, 4, 8])
     arguments.add_argument("--windows", type=int, nargs="+", default=[256, 1024])
-    wishes = arguments.parse_args()
+    wishes = parse(arguments)
     shape, tokens, counts, windows, chunk = "novelist", wishes.tokens, wishes.texts, wishes.windows, 64
     if wishes.toy:
         shape, tokens, counts, windows, chunk = "toy", 64, [1, 3], [32], 16
