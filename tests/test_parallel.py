@@ -305,6 +305,9 @@ def continues(stop: int, **kind: Any) -> None:
     assert resumed.text == made.text
     assert torch.equal(resumed.adapter.flat, made.adapter.flat)
     assert resumed.study.guard.state() == made.study.guard.state()
+    undisturbed = session(**kind)
+    written(undisturbed, 70)
+    assert made.ids == undisturbed.ids
 
 
 def test_a_state_can_be_stored(tmp_path: Path) -> None:
