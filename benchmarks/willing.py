@@ -5,15 +5,16 @@ What random and greedy models write repeats itself; left unlearned it would cost
 
 from typing import Any
 
-from templora.guard import Guard
+from templora.guard import Guard, Verdict
 
 
 class Willing(Guard):
     """Does the guard's work, and neither skips nor goes back."""
 
-    def reason_to_skip(self, *args: Any) -> None:
-        """None, after all."""
-        super().reason_to_skip(*args)
+    def judge(self, *args: Any) -> Verdict:
+        """Learn it, after all."""
+        super().judge(*args)
+        return Verdict()
 
     def must_go_back(self, adapted: float, base: float) -> bool:
         """No, after all."""

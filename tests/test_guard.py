@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 import templora
 from templora.base import Base
 from templora.events import ChunkLearned, ChunkScored, ChunkSkipped, RolledBack, Warned
-from templora.guard import ENOUGH, LARGEST_LOSS, LONGEST_NOISE, Guard, distinct_4
+from templora.guard import (
+    ENOUGH,
+    LARGEST_LOSS,
+    LONGEST_NOISE,
+    LOOP_SHRINK,
+    OWN_DRIFT,
+    Guard,
+    Verdict,
+    distinct_4,
+)
 from templora.tasks.score import Scores, scoring
 from templora.testing import ByteTokenizer, tiny_llama
 
@@ -24,7 +33,7 @@ def settled() -> Guard:
     """A guard that has seen enough usual chunks, at 4 nats per token."""
     guard = Guard()
     for _ in range(ENOUGH):
-        assert guard.reason_to_skip(VARIED, 64, 4.0, None, 0) is None
+        assert guard.judge(VARIED, 64, 4.0, None, 0) == Verdict()
     return guard
 
 
@@ -44,26 +53,49 @@ def test_distinct_4_counts_as_a_plain_loop_does(ids: list[int]) -> None:
 
 def test_noise_is_left_out_and_what_goes_on_for_long_is_the_text() -> None:
     guard = settled()
-    assert guard.reason_to_skip(VARIED, 64, 4.9, None, 0) is None, "a harder page is not noise"
-    assert guard.reason_to_skip(VARIED, 64, 8.0, None, 0) == "noise"
-    assert guard.reason_to_skip(VARIED, 64, 4.0, None, 0) is None
+    assert guard.judge(VARIED, 64, 4.9, None, 0) == Verdict(), "a harder page is not noise"
+    assert guard.judge(VARIED, 64, 8.0, None, 0) == Verdict("noise")
+    assert guard.judge(VARIED, 64, 4.0, None, 0) == Verdict()
     chunks = 0
-    while guard.reason_to_skip(VARIED, 64, 8.0, None, 0) == "noise":
+    while guard.judge(VARIED, 64, 8.0, None, 0) == Verdict("noise"):
         chunks += 1
     assert chunks == LONGEST_NOISE // 64
 
 
 def test_a_score_that_is_not_finite_is_noise_from_the_first_chunk_on() -> None:
-    assert Guard().reason_to_skip(VARIED, 64, math.nan, None, 0) == "noise"
+    assert Guard().judge(VARIED, 64, math.nan, None, 0) == Verdict("noise")
 
 
 def test_own_text_is_learned_only_near_the_base_and_given_text_widens_that() -> None:
     guard = Guard()
-    assert guard.reason_to_skip(VARIED, 64, 3.0, 3.1, 64) is None
-    assert guard.reason_to_skip(VARIED, 64, 3.0, 3.8, 64) == "drift"
-    assert guard.shrinking(3.0, 3.8) == pytest.approx(0.5), "a quarter of the KL is half of the scale"
-    assert guard.reason_to_skip(VARIED, 64, 3.0, 3.4, 0) is None, "given text may teach as much as it can"
-    assert guard.reason_to_skip(VARIED, 64, 3.0, 3.4, 64) is None
+    assert guard.judge(VARIED, 64, 3.0, 3.05, 64) == Verdict()
+    drifted = guard.judge(VARIED, 64, 3.0, 3.0 + 4 * OWN_DRIFT, 64)
+    assert drifted.reason == "drift"
+    assert drifted.keep == pytest.approx(0.5), "a quarter of the KL is half of the scale"
+    assert guard.judge(VARIED, 64, 3.0, 3.4, 0) == Verdict(), "given text may teach as much as it can"
+    assert guard.judge(VARIED, 64, 3.0, 3.4, 64) == Verdict()
+
+
+def test_own_text_may_repeat_itself_less_than_given_text_and_pulls_the_adapter_back() -> None:
+    refrain = [*range(30), *range(100, 130)] * 3 + VARIED  # far back, and still a habit
+    given, own = (Guard().judge(refrain, 64, 3.0, 3.0, written) for written in (0, 64))
+    assert given == Verdict()
+    assert own == Verdict("repetition", LOOP_SHRINK)
+    assert Guard().judge([7] * 400, 64, 3.0, 3.0, 0) == Verdict("repetition")
+
+
+def test_an_adapter_that_loops_gives_way_to_the_base() -> None:
+    session = Base(tiny_llama(), ByteTokenizer()).session(seed=1, window=64, context=64, chunk=32)
+    session.read("The old captain looked at the sea, and the sea looked back. " * 3)
+    with torch.no_grad():
+        session.adapter.b.add_(0.01 * torch.randn(session.adapter.b.shape))
+    norms, loops = [float(session.adapter.b.detach().norm())], 0
+    for event in session.write(600, temperature=0.0):
+        if isinstance(event, ChunkSkipped) and event.reason == "repetition":
+            loops += 1
+            norms.append(float(session.adapter.b.detach().norm()))
+    assert loops >= 5, "greedy and random weights: it must loop"
+    assert norms[-1] < norms[0] * LOOP_SHRINK**4
 
 
 def test_going_back_waits_for_a_loss_that_is_not_chance_and_halves_the_rate() -> None:

@@ -4,7 +4,9 @@ It sees NLLs and token ids and answers; it knows nothing of tensors, and it neve
 Four ways to go wrong, four rules:
 
 1. A chunk that is not like its text (noise) is left out, unless it goes on so long that it is the text.
-2. A chunk that repeats itself is left out: learned, a loop becomes permanent (arXiv 2206.02369).
+2. A chunk that repeats itself is left out: learned, a loop becomes permanent (arXiv 2206.02369). Where the
+   model wrote it, the adapter is pulled back as well: what it has learned is what loops, and an adapter that
+   learns nothing any more would go on looping for ever.
 3. The model's own text is learned only while the adapter stays close to the base; past that the adapter is
    pulled back. Own tokens are drawn from the adapter, so base NLL minus adapted NLL on them estimates
    KL(adapter || base).
@@ -23,13 +25,27 @@ ENOUGH = 8  # of them, before anything counts as unusual
 UNUSUAL = 4.0  # standard deviations above the usual NLL
 LEAST_SPREAD = 0.25  # nats per token: a text calmer than this has no outliers below one nat
 LONGEST_NOISE = 16_384  # tokens: what goes on for longer is not noise but the text
-LOOK_BACK = 256  # tokens in which repetition is sought
-LEAST_DISTINCT = 0.5  # share of 4-grams that differ; prose has above 0.9
-OWN_DRIFT = 0.2  # nats per token that own text may move the adapter from the base
+LOOK_BACK = 256  # tokens of a given text in which repetition is sought
+LEAST_DISTINCT = 0.5  # share of 4-grams that differ; prose has above 0.9, tables and code less
+# Own text is judged more strictly: a phrase that comes back on every page is how a loop begins.
+OWN_LOOK_BACK, OWN_LEAST_DISTINCT = 1024, 0.8
+LOOP_SHRINK = 0.5  # what is left of the adapter after a chunk of its own that repeats itself
+OWN_DRIFT = 0.1  # nats per token that own text may move the adapter from the base
 LARGEST_LOSS = 30.0  # nats, added up over chunks, that the adapter may lose against the base
 RECOVERY = 1.05  # a learning rate that was lowered comes back by this factor at each chunk that gains
 SHADOW_EVERY = 8  # chunks between two looks at the base where nobody else asks for its score
 CHECK_FIRST, CHECK_EVERY = 8, 16  # updates that are checked: the first ones, then every so many
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What to do with a chunk.
+
+    reason: why it should not be learned; None if it should. keep: by which factor the adapter must shrink.
+    """
+
+    reason: str | None = None
+    keep: float = 1.0
 
 
 @dataclass(slots=True)
@@ -52,29 +68,35 @@ class Guard:
         """Whether the base's score of this chunk is needed to judge it."""
         return written > 0 or chunk % SHADOW_EVERY == 0
 
-    def reason_to_skip(
+    def judge(
         self, ids: Sequence[int], tokens: int, adapted: float, base: float | None, written: int
-    ) -> str | None:
-        """Why this chunk should not be learned; None if it should.
+    ) -> Verdict:
+        """Whether this chunk should be learned.
 
         Args:
-            ids: the last LOOK_BACK tokens of the text, or the whole chunk if that is more. tokens: in the
-                chunk. adapted, base: NLL per token.
+            ids: the last OWN_LOOK_BACK tokens of the text, or the whole chunk if that is more. tokens: in
+                the chunk. adapted, base: NLL per token.
             written: how many of the chunk's tokens the model wrote itself.
         """
-        if distinct_4(ids) < LEAST_DISTINCT:
-            return "repetition"
+        own = 2 * written > tokens
+        if own and distinct_4(ids) < OWN_LEAST_DISTINCT:
+            return Verdict("repetition", LOOP_SHRINK)
+        if distinct_4(ids[-max(tokens, LOOK_BACK) :]) < LEAST_DISTINCT:
+            return Verdict("repetition")
         if self._is_noise(adapted) and self.skipped < LONGEST_NOISE:
             self.skipped += tokens
-            return "noise"
+            return Verdict("noise")
         self.skipped = 0
         self.usual.append(adapted)
-        if base is not None:
-            gain = base - adapted
-            if 2 * written > tokens:
-                return "drift" if gain > self.allowed else None
+        if base is None:
+            return Verdict()
+        gain = base - adapted
+        if not own:
             self.allowed = max(self.allowed, gain + OWN_DRIFT)
-        return None
+        elif gain > self.allowed:
+            # What a LoRA update adds grows with its scale, and KL with the square of that.
+            return Verdict("drift", (self.allowed / gain) ** 0.5)
+        return Verdict()
 
     def must_go_back(self, adapted: float, base: float) -> bool:
         """Note a chunk's NLL under both, in nats; whether the adapter has done enough harm."""
@@ -87,11 +109,6 @@ class Guard:
         if adapted < base:
             self.rate = min(1.0, self.rate * RECOVERY)
         return False
-
-    def shrinking(self, adapted: float, base: float | None) -> float:
-        """By which factor an adapter that has drifted must shrink to be as near as it may be."""
-        assert base is not None, "drift is seen against the base alone"
-        return (self.allowed / (base - adapted)) ** 0.5
 
     @property
     def is_good(self) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from templora.adapter import Adapter
 from templora.events import ChunkLearned, ChunkScored, ChunkSkipped, Event, RolledBack, Warned
-from templora.guard import LOOK_BACK, Guard
+from templora.guard import OWN_LOOK_BACK, Guard
 from templora.learner import Learner, NotFinite
 from templora.passes import Passes
 from templora.recipe import Recipe
@@ -98,13 +98,12 @@ class Study:
             if (back := self._go_back(ids, span, adapted, base)) is not None:
                 return [*events, back], False
             per_token = (adapted / span.tokens, None if base is None else base / span.tokens)
-            recent = ids[max(0, span.stop - max(span.tokens, LOOK_BACK)) : span.stop]
-            reason = self.guard.reason_to_skip(recent, span.tokens, *per_token, written)
-            if reason == "drift":
-                # What a LoRA update adds grows with its scale, and KL with the square of that.
-                self.adapter.shrink(self.guard.shrinking(*per_token))
-            if reason is not None:
-                return [*events, ChunkSkipped(*place, reason)], False
+            recent = ids[max(0, span.stop - max(span.tokens, OWN_LOOK_BACK)) : span.stop]
+            verdict = self.guard.judge(recent, span.tokens, *per_token, written)
+            if verdict.keep < 1:
+                self.adapter.shrink(verdict.keep)
+            if verdict.reason is not None:
+                return [*events, ChunkSkipped(*place, verdict.reason)], False
         return events, True
 
     def learn(
