@@ -30,7 +30,7 @@ LEAST_DISTINCT = 0.5  # share of 4-grams that differ; prose has above 0.9, table
 # Own text is judged more strictly: a phrase that comes back on every page is how a loop begins.
 OWN_LOOK_BACK, OWN_LEAST_DISTINCT = 1024, 0.8
 LOOP_SHRINK = 0.5  # what is left of the adapter after a chunk of its own that repeats itself
-OWN_DRIFT = 0.1  # nats per token that own text may move the adapter from the base
+OWN_DRIFT = 0.2  # nats per token that own text may move the adapter from the base
 LARGEST_LOSS = 30.0  # nats, added up over chunks, that the adapter may lose against the base
 RECOVERY = 1.05  # a learning rate that was lowered comes back by this factor at each chunk that gains
 SHADOW_EVERY = 8  # chunks between two looks at the base where nobody else asks for its score
