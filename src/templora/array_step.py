@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from templora import kernels
 from templora.cache import WindowCache, WindowLayer
-from templora import step as step_module
 from templora.step import Step
+from templora.step import step_of as exact_step_of
 
 MOST_THREADS = 4  # of numpy's library: for products this small, more of them wait longer than they work
 PLACES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -35,7 +35,7 @@ class ArrayStep:
     def __call__(self, token: int, position: int, cache: WindowCache) -> Tensor:
         """Run it on top of `cache`, which grows; [vocab]."""
         model = self._model
-        if not (all(map(_is_array, _layers(model))) and all(layer.is_initialized for layer in cache.layers)):
+        if not (all(map(_is_array, _layers(model))) and all(map(_has_room, cache.layers))):
             return self.exact(token, position, cache)
         x: Array = _of(model.model.embed_tokens.weight)[token].copy()  # [width]
         turns = self._turn(position)
@@ -60,14 +60,14 @@ class ArrayStep:
 @torch.no_grad()
 def step_of(model: PreTrainedModel) -> "ArrayStep | Step | None":
     """The fastest short cut for this model on this machine; None where there is none."""
-    step = step_module.step_of(model)
-    if step is None or not pays() or not all(map(_is_array, _layers(model))):
-        return step
-    return ArrayStep(step)
+    exact = exact_step_of(model)
+    if exact is None or not pays() or not all(map(_is_array, _layers(model))):
+        return exact
+    return ArrayStep(exact)
 
 
 def pays() -> bool:
-    """Whether numpy is the faster one: decided by what the machine is and by its threads, as `kernels.pays`."""
+    """Whether numpy is the faster one: decided by the machine and its threads, never by a clock."""
     asked = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
     return kernels.pays() and (int(asked) if asked.isdigit() else os.cpu_count() or 1) <= MOST_THREADS
 
@@ -82,6 +82,11 @@ def _layers(model: Any) -> Iterator[nn.Module]:
 
 def _is_array(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and layer._parameters["weight"].dtype == torch.float32  # pyright: ignore
+
+
+def _has_room(layer: object) -> bool:
+    """A layer that has never held a key does not know their shape yet."""
+    return isinstance(layer, WindowLayer) and layer.is_initialized
 
 
 def _attention(attention: Any, x: Array, turns: tuple[Array, Array], layer: WindowLayer) -> Array:
