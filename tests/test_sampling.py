@@ -125,6 +125,13 @@ def test_a_short_way_is_taken_where_no_scores_are_equal() -> None:
         assert torch.equal(made, processor(torch.tensor([VISIBLE]), scores))  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize("banned", [[-1], [257], [-1, 5, 300], [256, 0]])
+def test_an_id_outside_the_vocabulary_bans_nothing(banned: list[int]) -> None:
+    scores, ids = logits(1).unsqueeze(0), torch.tensor([VISIBLE])
+    processors = Sampling(**OFF).processors(banned)
+    assert torch.equal(filtered(processors, VISIBLE, scores), processors(ids, scores))  # pyright: ignore[reportArgumentType]
+
+
 def test_a_processor_of_ones_own_sees_the_text() -> None:
     seen = list[list[int]]()
 
