@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from templora.errors import InvalidRecipe
+from templora.filtering import WAYS, filtered
 from templora.sampling import Sampler, Sampling
 from templora.testing import tiny_llama
 
@@ -72,7 +73,7 @@ def test_logits_in_half_precision_are_drawn_from_in_full(dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "wishes",
     [
         {"temperature": 0.7},
         {"top_k": 5},
@@ -88,26 +89,71 @@ def test_logits_in_half_precision_are_drawn_from_in_full(dtype: torch.dtype) -> 
     ],
     ids=str,
 )
-def test_each_filter_does_what_transformers_does(settings: dict[str, Any]) -> None:
+def test_each_filter_does_what_transformers_does(wishes: dict[str, Any]) -> None:
     ids: Any = torch.tensor([VISIBLE])
     # In transformers, a top_k that is not given means 50; 0 leaves it out.
-    given_ = {"top_k": 0, **settings}
+    given_ = {"top_k": 0, **wishes}
     for seed in range(5):
         scores = logits(seed).unsqueeze(0)
-        ours = Sampling(**(OFF | settings)).processors()(ids, scores.clone())
+        ours = Sampling(**(OFF | wishes)).processors()(ids, scores.clone())
         assert torch.equal(ours, theirs(**given_)(ids, scores.clone()))
 
 
+@settings(max_examples=200)
+@given(
+    scores=st.lists(st.floats(-30, 30, width=16), min_size=2, max_size=40),
+    top_p=st.floats(0.01, 0.99),
+    banned=st.lists(st.integers(-1, 60), min_size=1, max_size=3),
+)
+def test_the_short_ways_give_the_scores_of_the_long_ones(
+    scores: list[float], top_p: float, banned: list[int]
+) -> None:
+    given_ = torch.tensor([scores])
+    processors = Sampling(**(OFF | {"top_p": top_p, "temperature": 0.7})).processors(banned)
+    before = given_.clone()
+    long = processors(torch.tensor([VISIBLE]), given_.clone())  # pyright: ignore[reportArgumentType]
+    assert torch.equal(filtered(processors, VISIBLE, given_), long)
+    assert torch.equal(given_, before)
+
+
+def test_a_short_way_is_taken_where_no_scores_are_equal() -> None:
+    scores = logits(1).unsqueeze(0)
+    processors = Sampling(**(OFF | {"top_p": 0.9})).processors([3])
+    for processor in processors:
+        made = WAYS[type(processor)](processor, scores)
+        assert made is not None
+        assert torch.equal(made, processor(torch.tensor([VISIBLE]), scores))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("banned", [[-1], [257], [-1, 5, 300], [256, 0]])
+def test_an_id_outside_the_vocabulary_bans_nothing(banned: list[int]) -> None:
+    scores, ids = logits(1).unsqueeze(0), torch.tensor([VISIBLE])
+    processors = Sampling(**OFF).processors(banned)
+    assert torch.equal(filtered(processors, VISIBLE, scores), processors(ids, scores))  # pyright: ignore[reportArgumentType]
+
+
+def test_a_processor_of_ones_own_sees_the_text() -> None:
+    seen = list[list[int]]()
+
+    class Own(LogitsProcessor):
+        def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+            seen.append(input_ids[0].tolist())
+            return scores
+
+    Sampler(1).draw(logits(1), VISIBLE, LogitsProcessorList([Own()]), greedy=True)
+    assert seen == [VISIBLE]
+
+
 def test_the_filters_come_in_transformers_order() -> None:
-    settings: dict[str, Any] = {
+    every: dict[str, Any] = {
         "temperature": 0.7,
         "top_k": 40,
         "top_p": 0.9,
         "min_p": 0.05,
         "repetition_penalty": 1.1,
     }
-    ours = [type(p) for p in Sampling(**settings).processors(banned=[256])]
-    assert ours == [type(p) for p in theirs(**settings, suppress_tokens=[256])]
+    ours = [type(p) for p in Sampling(**every).processors(banned=[256])]
+    assert ours == [type(p) for p in theirs(**every, suppress_tokens=[256])]
 
 
 @given(seed=st.integers(0, 1000))

@@ -23,7 +23,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def logits(run: Step | PreTrainedModel) -> torch.Tensor:
     """After each token of a text whose oldest tokens go out of sight on the way."""
     cache, made = WindowCache(128), list[torch.Tensor]()
-    model = run._model if isinstance(run, Step) else run  # pyright: ignore[reportPrivateUsage]
+    model: Any = run.model if isinstance(run, Step) else run
     with torch.no_grad():
         model(torch.arange(1, 70).unsqueeze(0), past_key_values=cache, use_cache=True)
         for position in range(69, 120):
@@ -72,7 +72,7 @@ def test_a_text_is_written_as_without_it(monkeypatch: pytest.MonkeyPatch) -> Non
         if short:
             run = base._step  # pyright: ignore[reportPrivateUsage]
 
-            def counted(*args: Any, run: Step = run) -> torch.Tensor:
+            def counted(*args: Any, run: Any = run) -> torch.Tensor:
                 nonlocal calls
                 calls += 1
                 return run(*args)
@@ -90,7 +90,8 @@ def test_a_text_is_written_as_without_it(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_model_that_is_watched_or_of_another_kind_has_none() -> None:
-    assert isinstance(Base(tiny_llama(), None)._step, Step)  # pyright: ignore[reportPrivateUsage]
+    assert Base(tiny_llama(), None)._step is not None  # pyright: ignore[reportPrivateUsage]
+    assert isinstance(step_of(tiny_llama()), Step)
     watched: Any = tiny_llama()
     watched.model.layers[0].mlp.register_forward_hook(lambda *_: None)
     assert step_of(watched) is None

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from templora import kernels, loading
+from templora import array_step, kernels, loading
 from templora.cache import WindowCache
 from templora.cross_entropy import linear_nll, logits_nll
 from templora.errors import InvalidRecipe
 from templora.probe import Probe, probe
-from templora.step import step_of
 
 # What configs call it: nearly all of them, MPT, BLOOM.
 POSITIONS = ("max_position_embeddings", "max_seq_len", "seq_length")
@@ -39,7 +38,7 @@ class Base:
         model.requires_grad_(False)
         self._tokenizer = tokenizer
         self._probe: Probe = probe(model)
-        self._step = step_of(model)
+        self._step = array_step.step_of(model)
         text = model.config.get_text_config()
         self.positions: int | None = next((n for key in POSITIONS if (n := getattr(text, key, None))), None)
         self.vocabulary: int = text.vocab_size

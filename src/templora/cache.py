@@ -59,6 +59,13 @@ class WindowLayer(_Layer):
         self.stop = stop
         return self.keys[:, :, self.first : stop], self.values[:, :, self.first : stop]
 
+    def grow(self) -> tuple[Tensor, Tensor]:
+        """Make room for one token; return all that is visible, its own place, which is empty, last."""
+        assert self.keys is not None and self.values is not None
+        assert self.stop < self.capacity, "the plan let a window outgrow its cache"
+        self.stop += 1
+        return self.keys[:, :, self.first : self.stop], self.values[:, :, self.first : self.stop]
+
     def state(self) -> dict[str, Any]:
         """Its visible keys and values, copied, [1, heads, stop - first, head_dim]."""
         kept: dict[str, Any] = {"first": self.first, "stop": self.stop}

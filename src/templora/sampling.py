@@ -22,6 +22,7 @@ from transformers.generation.logits_process import (
 )
 
 from templora.errors import InvalidRecipe
+from templora.filtering import filtered
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +111,7 @@ class Sampler:
             logits: [vocab]. visible: ids of the tokens seen, for the processors that look at them.
             greedy: take the likeliest.
         """
-        ids = torch.tensor([visible], device=logits.device)  # [1, visible]
-        scores: Tensor = processors(ids, logits.float().unsqueeze(0))[0]  # pyright: ignore[reportArgumentType]
+        scores = filtered(processors, visible, logits.float().unsqueeze(0))[0]
         if greedy:
             return int(scores.argmax())
         # Drawn on the CPU, where the generator lives: the same seed gives the same text on any device.

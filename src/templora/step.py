@@ -21,30 +21,32 @@ class Step:
     """Makes the logits after one token. Make it with `step_of`."""
 
     def __init__(self, model: Any) -> None:
-        self._model, self._embedding = model, model.model.embed_tokens
-        self._blocks: list[Any] = list(model.model.layers)
+        self.model, self._embedding = model, model.model.embed_tokens
+        self.blocks: list[Any] = list(model.model.layers)
         self._turns: tuple[Tensor, Tensor] | None = None  # cosines and sines, [positions, 1, width]
 
     def __call__(self, token: int, position: int, cache: WindowCache) -> Tensor:
         """Run it on top of `cache`, which grows; [vocab]. Gradients must be switched off."""
         ids = torch.tensor([[token]], device=self._embedding.weight.device)
         x = embedding(ids, self._embedding.weight)  # [1, 1, width]
-        cos, sin = self._turn(x, position)
-        for block, layer in zip(self._blocks, cache.layers, strict=True):
+        cos, sin = (made[position] for made in self.turns(position))
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
             assert isinstance(layer, WindowLayer)
             x = x + _attention(block.self_attn, _norm(block.input_layernorm, x), cos, sin, layer)
             h, own = _norm(block.post_attention_layernorm, x), block.mlp._modules
             x = x + _through(
                 own["down_proj"], silu(_through(own["gate_proj"], h)) * _through(own["up_proj"], h)
             )
-        return _through(self._model._modules["lm_head"], _norm(self._model.model.norm, x)[0])[0]
+        return _through(self.model._modules["lm_head"], _norm(self.model.model.norm, x)[0])[0]
 
-    def _turn(self, x: Tensor, position: int) -> tuple[Tensor, Tensor]:
+    def turns(self, position: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines up to that position at least, [positions, 1, width]."""
         if self._turns is None or position >= len(self._turns[0]):
-            places = torch.arange(2 * position + 64, device=x.device).unsqueeze(0)
-            made = self._model.model.rotary_emb(x, position_ids=places)
+            weight = self._embedding.weight
+            places = torch.arange(2 * position + 64, device=weight.device).unsqueeze(0)
+            made = self.model.model.rotary_emb(weight[:1].unsqueeze(0), position_ids=places)
             self._turns = made[0][0].unsqueeze(1), made[1][0].unsqueeze(1)
-        return self._turns[0][position], self._turns[1][position]
+        return self._turns
 
 
 @torch.no_grad()
