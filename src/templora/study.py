@@ -22,6 +22,7 @@ from templora.window import Span
 
 # Nats per token by which an update may leave its own or the last chunk worse than before it was learned.
 SLACK = 0.02
+GLANCE = 128  # tokens before the last chunk that are seen when an update is tried on it: cheaper than a window
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class _Good:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """A chunk after all that was visible: the last `tokens` of `ids`; nll: their sum before learning."""
+    """A chunk, the last `tokens` of `ids`, after a few tokens; nll: their sum before it was learned."""
 
     ids: Sequence[int]
     tokens: int
@@ -124,13 +125,13 @@ class Study:
         """
         rate = self.recipe.rate_at(span.chunk) * self.guard.rate
         checked = self.recipe.guard and self.guard.checks(self.adapter.version)
-        seen = _Seen(ids[span.visible : span.stop], span.tokens, score)
+        seen = self._glance(ids, span)
         try:
             update = self.learner.learn(
                 rate,
                 lambda: self.passes.nll(ids, span, self.recipe.context),
                 first,
-                (lambda: self._helps(seen)) if checked else None,
+                (lambda: self._helps(ids, span, score)) if checked else None,
                 ready=ready,
             )
         except NotFinite as error:
@@ -165,10 +166,22 @@ class Study:
         self._good = _Good(*state["good"])
         self._last = None if state["last"] is None else _Seen(*state["last"])
 
-    def _helps(self, seen: _Seen) -> bool:
+    def _glance(self, ids: Sequence[int], span: Span) -> _Seen | None:
+        """What the next update will be tried on, if it will be."""
+        if not (self.recipe.guard and self.guard.checks(self.adapter.version + 1)):
+            return None
+        few = ids[max(span.visible, span.start - GLANCE) : span.stop]
+        return _Seen(few, span.tokens, self.passes.again(few, span.tokens))
+
+    @torch.no_grad()
+    def _helps(self, ids: Sequence[int], span: Span, score: float) -> bool:
         """Whether the updated adapter does no worse on this chunk, and on the one before, than unlearned."""
-        learned = [seen] + ([self._last] if self._last else [])
-        return all(self.passes.again(s.ids, s.tokens) <= s.nll + SLACK * s.tokens for s in learned)
+        with self.adapter.attached():
+            now = float(self.passes.nll(ids, span, self.passes.window).sum())
+        if not now <= score + SLACK * span.tokens:
+            return False
+        last = self._last
+        return last is None or self.passes.again(last.ids, last.tokens) <= last.nll + SLACK * last.tokens
 
     def _go_back(
         self, ids: Sequence[int], span: Span, adapted: float, base: float | None
