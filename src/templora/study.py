@@ -22,7 +22,7 @@ from templora.window import Span
 
 # Nats per token by which an update may leave its own or the last chunk worse than before it was learned.
 SLACK = 0.02
-GLANCE = 128  # tokens before the last chunk that are seen when an update is tried on it: cheaper than a window
+GLANCE = 128  # tokens before the last chunk that an update is tried with: cheaper than a window
 
 
 @dataclass(frozen=True, slots=True)
