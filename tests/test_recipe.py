@@ -43,6 +43,7 @@ def test_the_paper_recipe_is_the_authors_settings() -> None:
         "learning_rate": 5e-5,
         "b_rate": 1.0,
         "magnitude_rate": 0.0,
+        "layer_rate": 0.0,
         "beta1": 0.9,
         "beta2": 0.999,
         "eps": 1e-7,

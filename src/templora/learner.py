@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from templora.adapter import Adapter
+from templora.layer_rates import LayerRates
 from templora.magnitude import Magnitudes
 from templora.recipe import Recipe
 
@@ -56,9 +57,9 @@ class Learner:
             weight_decay=recipe.weight_decay,
             fused=True,
         )
-        rate = recipe.magnitude_rate
-        layers = len(adapter.layers_b[0])
-        self.magnitudes = Magnitudes(layers, rate, adapter.flat.device) if rate else None
+        weights, rate = adapter.layers_b[0], recipe.magnitude_rate
+        self.magnitudes = Magnitudes(len(weights), rate, adapter.flat.device) if rate else None
+        self.layer_rates = LayerRates(weights, recipe.layer_rate) if recipe.layer_rate else None
 
     @property
     def one_pass(self) -> bool:
@@ -111,14 +112,20 @@ class Learner:
     def state(self) -> dict[str, Any]:
         """Everything that a resumed session needs besides the adapter's weights."""
         optimizer = copy.deepcopy(self.optimizer.state_dict())
-        magnitudes = self.magnitudes.state() if self.magnitudes else None
-        return {"optimizer": optimizer, "magnitudes": magnitudes, "dropout": self._dropout_state.clone()}
+        return {
+            "optimizer": optimizer,
+            "magnitudes": self.magnitudes.state() if self.magnitudes else None,
+            "layer_rates": self.layer_rates.state() if self.layer_rates else None,
+            "dropout": self._dropout_state.clone(),
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state` returned."""
         self.optimizer.load_state_dict(state["optimizer"])
         if self.magnitudes:
             self.magnitudes.load_state(state["magnitudes"])
+        if self.layer_rates:
+            self.layer_rates.load_state(state["layer_rates"])
         self._dropout_state = state["dropout"].clone()
 
     @torch.no_grad()
@@ -168,5 +175,13 @@ class Learner:
             adapter.gradient.mul_(clip / (norm + 1e-6))
         for group, factor in zip(self.optimizer.param_groups, (1.0, self.recipe.b_rate), strict=True):
             group["lr"] = rate * factor
+        if self.layer_rates is None:
+            self.optimizer.step()
+            return norm
+        weights, gradients = adapter.layers_b
+        if unlearned and rate:
+            self.layer_rates.judge(gradients)
+        before = [weight.clone() for weight in weights]
         self.optimizer.step()
+        self.layer_rates.apply(before, weights)
         return norm

@@ -15,35 +15,31 @@ BETA1, BETA2, EPS = 0.9, 0.99, 1e-12
 WARM_UP = 5  # steps before the averages mean anything
 
 
-class Magnitudes:
-    """Adam over the logarithm of each layer's B.
+class Slopes:
+    """Slopes of a loss along one number of each layer, as Adam steps along them.
 
-    rate: of the logarithms; a step changes B by about that fraction.
+    mean, square: their running averages, [layers].
     """
 
-    def __init__(self, layers: int, rate: float, device: torch.device) -> None:
-        self.rate, self.steps = rate, 0
+    def __init__(self, layers: int, device: torch.device) -> None:
+        self.steps = 0
         self.mean, self.square = (torch.zeros(layers, device=device) for _ in range(2))
 
-    @torch.no_grad()
-    def step(self, weights: list[Tensor], gradients: list[Tensor]) -> None:
-        """Scale each B by what its gradient says.
+    def take(self, weights: list[Tensor], others: list[Tensor]) -> Tensor:
+        """How far to go against the slope of each layer, [layers]: near 1 where they agree, 0 at first.
 
         Args:
-            weights: each layer's B, [out, rank], changed in place.
-            gradients: of a chunk that was not learned yet.
+            weights, others: for each layer two tensors of one shape, whose product's sum is the slope.
         """
-        products = torch._foreach_mul(weights, gradients)  # pyright: ignore[reportPrivateUsage]
-        slopes = torch.stack([product.sum() for product in products])  # d loss / d log magnitude, [layers]
+        products = torch._foreach_mul(weights, others)  # pyright: ignore[reportPrivateUsage]
+        slopes = torch.stack([product.sum() for product in products])
         self.steps += 1
         self.mean.lerp_(slopes, 1 - BETA1)
         self.square.lerp_(slopes * slopes, 1 - BETA2)
         if self.steps <= WARM_UP:
-            return
+            return torch.zeros_like(slopes)
         mean = self.mean / (1 - BETA1**self.steps)
-        spread = (self.square / (1 - BETA2**self.steps)).sqrt() + EPS
-        factors = torch.exp(-self.rate * mean / spread)
-        torch._foreach_mul_(weights, list(factors.unbind()))  # pyright: ignore[reportPrivateUsage]
+        return mean / ((self.square / (1 - BETA2**self.steps)).sqrt() + EPS)
 
     def state(self) -> dict[str, Any]:
         """What a resumed text needs, copied."""
@@ -54,3 +50,25 @@ class Magnitudes:
         self.steps = state["steps"]
         self.mean.copy_(state["mean"])
         self.square.copy_(state["square"])
+
+
+class Magnitudes(Slopes):
+    """Adam over the logarithm of each layer's B.
+
+    rate: of the logarithms; a step changes B by about that fraction.
+    """
+
+    def __init__(self, layers: int, rate: float, device: torch.device) -> None:
+        super().__init__(layers, device)
+        self.rate = rate
+
+    @torch.no_grad()
+    def step(self, weights: list[Tensor], gradients: list[Tensor]) -> None:
+        """Scale each B by what its gradient says: d loss / d log magnitude is their product's sum.
+
+        Args:
+            weights: each layer's B, [out, rank], changed in place.
+            gradients: of a chunk that was not learned yet.
+        """
+        factors = torch.exp(-self.rate * self.take(weights, gradients))
+        torch._foreach_mul_(weights, list(factors.unbind()))  # pyright: ignore[reportPrivateUsage]

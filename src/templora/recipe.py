@@ -56,6 +56,9 @@ class Recipe(BaseModel):
     magnitude_rate: NonNegative = Field(
         0.0, description="rate at which each layer's B grows or shrinks as a whole; 0: only as AdamW moves it"
     )
+    layer_rate: NonNegative = Field(
+        0.0, description="rate at which each layer's own learning rate moves; 0: the same for all layers"
+    )
     beta1: Fraction
     beta2: Fraction
     eps: Positive
