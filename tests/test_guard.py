@@ -66,21 +66,30 @@ def test_a_score_that_is_not_finite_is_noise_from_the_first_chunk_on() -> None:
     assert Guard().judge(VARIED, 64, math.nan, None, 0) == Verdict("noise")
 
 
+def page(number: int) -> list[int]:
+    """64 tokens, no two pages alike."""
+    return list(range(64 * number, 64 * number + 64))
+
+
 def test_own_text_is_learned_only_near_the_base_and_given_text_widens_that() -> None:
     guard = Guard()
-    assert guard.judge(VARIED, 64, 3.0, 3.05, 64) == Verdict()
-    drifted = guard.judge(VARIED, 64, 3.0, 3.0 + 4 * OWN_DRIFT, 64)
+    assert guard.judge(page(1), 64, 3.0, 3.05, 64) == Verdict()
+    drifted = guard.judge(page(2), 64, 3.0, 3.0 + 4 * OWN_DRIFT, 64)
     assert drifted.reason == "drift"
     assert drifted.keep == pytest.approx(0.5), "a quarter of the KL is half of the scale"
-    assert guard.judge(VARIED, 64, 3.0, 3.4, 0) == Verdict(), "given text may teach as much as it can"
-    assert guard.judge(VARIED, 64, 3.0, 3.4, 64) == Verdict()
+    assert guard.judge(page(3), 64, 3.0, 3.4, 0) == Verdict(), "given text may teach as much as it can"
+    assert guard.judge(page(4), 64, 3.0, 3.4, 64) == Verdict()
 
 
 def test_own_text_may_repeat_itself_less_than_given_text_and_pulls_the_adapter_back() -> None:
-    refrain = [*range(30), *range(100, 130)] * 3 + VARIED  # far back, and still a habit
-    given, own = (Guard().judge(refrain, 64, 3.0, 3.0, written) for written in (0, 64))
-    assert given == Verdict()
-    assert own == Verdict("repetition", LOOP_SHRINK)
+    pages = [[*page(number)[24:], *page(0)[:24]] for number in range(10)]  # with a refrain each
+    given, own = (
+        [guard.judge(ids, 64, 3.0, 3.0, written) for ids in pages]
+        for guard, written in ((Guard(), 0), (Guard(), 64))
+    )
+    assert given == [Verdict()] * 10
+    assert own[0] == Verdict()
+    assert own[-1] == Verdict("repetition", LOOP_SHRINK)
     assert Guard().judge([7] * 400, 64, 3.0, 3.0, 0) == Verdict("repetition")
 
 

@@ -15,9 +15,9 @@ Four ways to go wrong, four rules:
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, tee
 from typing import Any
 
 HISTORY = 32  # chunks that say what is usual for this text
@@ -25,9 +25,9 @@ ENOUGH = 8  # of them, before anything counts as unusual
 UNUSUAL = 4.0  # standard deviations above the usual NLL
 LEAST_SPREAD = 0.25  # nats per token: a text calmer than this has no outliers below one nat
 LONGEST_NOISE = 16_384  # tokens: what goes on for longer is not noise but the text
-LOOK_BACK = 256  # tokens of a given text in which repetition is sought
+LOOK_BACK = 256  # tokens in which repetition is sought
 LEAST_DISTINCT = 0.5  # share of 4-grams that differ; prose has above 0.9, tables and code less
-# Own text is judged more strictly: a phrase that comes back on every page is how a loop begins.
+# Own tokens are judged more strictly: a phrase that comes back on every page is how a loop begins.
 OWN_LOOK_BACK, OWN_LEAST_DISTINCT = 1024, 0.8
 LOOP_SHRINK = 0.5  # what is left of the adapter after a chunk of its own that repeats itself
 OWN_DRIFT = 0.2  # nats per token that own text may move the adapter from the base
@@ -54,13 +54,14 @@ class Guard:
 
     usual: adapted NLL per token of chunks that were learned. lost: nats that the adapter has lost against the
     base and not made good since (a CUSUM: it never falls below 0). skipped: tokens left out as noise in a
-    row. allowed: how far from the base own text may move the adapter; what given text has taught it widens
-    this. rate: what learning rates are multiplied by.
+    row. own: the last tokens of chunks that the model wrote. allowed: how far from the base own text may
+    move the adapter; what given text has taught it widens this. rate: what learning rates are multiplied by.
     """
 
     usual: deque[float] = field(default_factory=lambda: deque[float](maxlen=HISTORY))
     lost: float = 0.0
     skipped: int = 0
+    own: deque[int] = field(default_factory=lambda: deque[int](maxlen=OWN_LOOK_BACK))
     allowed: float = OWN_DRIFT
     rate: float = 1.0
 
@@ -74,14 +75,16 @@ class Guard:
         """Whether this chunk should be learned.
 
         Args:
-            ids: the last OWN_LOOK_BACK tokens of the text, or the whole chunk if that is more. tokens: in
-                the chunk. adapted, base: NLL per token.
+            ids: the last LOOK_BACK tokens of the text, or the whole chunk if that is more. tokens: in the
+                chunk. adapted, base: NLL per token.
             written: how many of the chunk's tokens the model wrote itself.
         """
         own = 2 * written > tokens
-        if own and distinct_4(ids) < OWN_LEAST_DISTINCT:
-            return Verdict("repetition", LOOP_SHRINK)
-        if distinct_4(ids[-max(tokens, LOOK_BACK) :]) < LEAST_DISTINCT:
+        if own:
+            self.own.extend(ids[-tokens:])
+            if distinct_4(self.own) < OWN_LEAST_DISTINCT:
+                return Verdict("repetition", LOOP_SHRINK)
+        if distinct_4(ids) < LEAST_DISTINCT:
             return Verdict("repetition")
         if self._is_noise(adapted) and self.skipped < LONGEST_NOISE:
             self.skipped += tokens
@@ -125,6 +128,7 @@ class Guard:
             "usual": list(self.usual),
             "lost": self.lost,
             "skipped": self.skipped,
+            "own": list(self.own),
             "allowed": self.allowed,
             "rate": self.rate,
         }
@@ -132,6 +136,7 @@ class Guard:
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state` returned."""
         self.usual = deque(state["usual"], maxlen=HISTORY)
+        self.own = deque(state["own"], maxlen=OWN_LOOK_BACK)
         self.lost, self.skipped = state["lost"], state["skipped"]
         self.allowed, self.rate = state["allowed"], state["rate"]
 
@@ -145,7 +150,7 @@ class Guard:
         return adapted > mean + UNUSUAL * max(spread, LEAST_SPREAD)
 
 
-def distinct_4(ids: Sequence[int]) -> float:
+def distinct_4(ids: Iterable[int]) -> float:
     """Share of 4-grams that differ, 1.0 for a text without repetition or shorter than four tokens."""
-    grams = list(zip(*(islice(ids, start, None) for start in range(4)), strict=False))
+    grams = list(zip(*(islice(own, start, None) for start, own in enumerate(tee(ids, 4))), strict=False))
     return len(set(grams)) / len(grams) if grams else 1.0

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from templora.adapter import Adapter
 from templora.events import ChunkLearned, ChunkScored, ChunkSkipped, Event, RolledBack, Warned
-from templora.guard import OWN_LOOK_BACK, Guard
+from templora.guard import LOOK_BACK, Guard
 from templora.learner import Learner, NotFinite
 from templora.passes import Passes
 from templora.recipe import Recipe
@@ -99,7 +99,7 @@ class Study:
             if (back := self._go_back(ids, span, adapted, base)) is not None:
                 return [*events, back], False
             per_token = (adapted / span.tokens, None if base is None else base / span.tokens)
-            recent = ids[max(0, span.stop - max(span.tokens, OWN_LOOK_BACK)) : span.stop]
+            recent = ids[max(0, span.stop - max(span.tokens, LOOK_BACK)) : span.stop]
             verdict = self.guard.judge(recent, span.tokens, *per_token, written)
             if verdict.keep < 1:
                 self.adapter.shrink(verdict.keep)
