@@ -1,8 +1,22 @@
 """Settings of all tests: one thread, because tiny models lose more in waiting than they gain."""
 
+from pathlib import Path
+
+import pytest
 import torch
 from hypothesis import settings
+
+from templora.base import Base
 
 torch.set_num_threads(1)
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture
+def folder(base: Base, tmp_path: Path) -> Path:
+    """The test file's own base, saved as a model of its own."""
+    place = tmp_path / "model"
+    base.model.save_pretrained(place)
+    base.tokenizer.save_pretrained(place)
+    return place

@@ -174,16 +174,20 @@ def test_one_text_does_not_depend_on_another(base: Base) -> None:
 
 
 def test_an_adapter_that_is_broken_spoils_no_other(base: Base) -> None:
-    batch = Batch(base, size=2, **SIZES)
+    batch = Batch(base, size=2, cache="recompute", **SIZES)
     texts = [batch.text(base.encode(TEXT[n : n + 160]), seed=1, number=n) for n in (0, 160)]
     for text in texts:
         batch.join(text)
+    whole = texts[0].adapter.snapshot()
     texts[0].adapter.flat.fill_(torch.nan)
     for _ in range(4):
         batch.finish_chunks(score_base=True)
     assert texts[0].adapter.version == 0
     assert texts[1].adapter.version == 4
     assert bool(texts[1].adapter.flat.isfinite().all())
+    texts[0].adapter.restore(whole, 0)
+    batch.finish_chunks(score_base=True)
+    assert texts[0].adapter.version == 1, "what was broken has left nothing behind"
 
 
 def test_a_text_that_has_left_goes_on_alone(base: Base) -> None:
@@ -250,14 +254,6 @@ def test_a_model_whose_logits_are_more_than_its_head_is_refused() -> None:
 def test_an_empty_prompt_is_named(base: Base) -> None:
     with pytest.raises(InvalidText, match="prompt 2 is empty"):
         next(templora.write_batch(base, ["a", ""], 5, **SIZES))
-
-
-@pytest.fixture
-def folder(base: Base, tmp_path: Path) -> Path:
-    place = tmp_path / "model"
-    base.model.save_pretrained(place)
-    base.tokenizer.save_pretrained(place)
-    return place
 
 
 def run(*words: object) -> tuple[int, str, str]:

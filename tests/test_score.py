@@ -30,14 +30,6 @@ def base() -> Base:
     return templora.load(model=tiny_llama(), tokenizer=ByteTokenizer())
 
 
-@pytest.fixture
-def folder(base: Base, tmp_path: Path) -> Path:
-    place = tmp_path / "model"
-    base.model.save_pretrained(place)
-    base.tokenizer.save_pretrained(place)
-    return place
-
-
 def test_every_token_is_scored_once_in_order_and_before_it_is_learned(base: Base) -> None:
     ids = base.encode(TEXT)
     events = list(scoring(base.session(seed=1, **SIZES), ids))

@@ -136,7 +136,7 @@ class Guard:
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state` returned."""
         self.usual = deque(state["usual"], maxlen=HISTORY)
-        self.own = deque(state["own"], maxlen=OWN_LOOK_BACK)
+        self.own = deque(state.get("own", ()), maxlen=OWN_LOOK_BACK)  # sessions of old do not have it
         self.lost, self.skipped = state["lost"], state["skipped"]
         self.allowed, self.rate = state["allowed"], state["rate"]
 
