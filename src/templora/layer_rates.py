@@ -42,12 +42,11 @@ class LayerRates(Slopes):
             before, weights: each layer's B, [out, rank], before an optimiser's step and after it; the latter
                 are changed in place.
         """
-        steps = list(torch._foreach_sub(weights, before))  # pyright: ignore[reportPrivateUsage]
-        torch._foreach_mul_(steps, list(self.logs.exp().unbind()))  # pyright: ignore[reportPrivateUsage]
-        torch._foreach_copy_(weights, before)  # pyright: ignore[reportPrivateUsage]
-        torch._foreach_add_(weights, steps)  # pyright: ignore[reportPrivateUsage]
-        torch._foreach_mul_(self.trace, DECAY)  # pyright: ignore[reportPrivateUsage]
-        torch._foreach_add_(self.trace, steps)  # pyright: ignore[reportPrivateUsage]
+        layers = zip(before, weights, self.trace, self.logs.exp().tolist(), strict=True)
+        for old, weight, trace, factor in layers:
+            step = weight - old
+            weight.copy_(old).add_(step, alpha=factor)
+            trace.mul_(DECAY).add_(step, alpha=factor)
 
     def state(self) -> dict[str, Any]:
         """What a resumed text needs, copied."""
