@@ -39,6 +39,7 @@ def test_the_paper_recipe_is_the_authors_settings() -> None:
         "rslora": False,
         "targets": "all-linear",
         "first_block": 0.0,
+        "start": "random",
         "head": 0.0,
         "learning_rate": 5e-5,
         "b_rate": 1.0,

@@ -6,7 +6,7 @@ snapshot, a norm or an optimiser step is one operation.
 """
 
 import copy
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,14 +31,19 @@ class Adapter:
     """A fresh adapter: its output is zero until it has learned something.
 
     version: 0 when fresh, one more with each update. a, b: all A and all B matrices, flat views of
-    `flat`, which are what an optimiser steps; `gradient` is laid out as `flat`. sites: where it works.
+    `flat`, which are what an optimiser steps; `gradient` is laid out as `flat`. sites: where it works. start:
+    of the base, for recipes that want it.
     """
 
-    def __init__(self, model: PreTrainedModel, recipe: Recipe, seed: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, recipe: Recipe, seed: int, start: Mapping[str, Tensor] | None = None
+    ) -> None:
         self.version = 0
         self._model = model
         self.config = injection.config_of(model, recipe)
         self.sites = injection.inject(model, self.config, seed, head=recipe.head)
+        if recipe.start == "learned":
+            injection.begin_at(model, self.sites, start or {})
         self._lay_flat(model.device)
         self._layers = [site.lora if recipe.dropout > 0 else _layer(site) for site in self.sites]
         self._merged: list[nn.Module] = []

@@ -6,7 +6,7 @@ Its parameters are never written to and never require a gradient while a session
 
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ POSITIONS = ("max_position_embeddings", "max_seq_len", "seq_length")
 class Base:
     """A loaded model with its tokenizer. Make one with `templora.load`.
 
-    name: what it was loaded as. positions: how many it was trained for, None if without limit.
+    name: what it was loaded as. positions: how many it was trained for, None if without limit. start: where
+    its adapters' A begin, by the layer's name; empty where its folder says nothing of that.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Base:
     ) -> None:
         self.model, self.name = model.eval(), name or model.config.name_or_path or ""
         model.requires_grad_(False)
+        self.start = loading.start_of(model.config.name_or_path or "")
         self._tokenizer = tokenizer
         self._probe: Probe = probe(model)
         self._step = array_step.step_of(model)
@@ -109,6 +111,7 @@ class Base:
             "positions": self.positions,
             "weights": self.fingerprint(),
             "tokenizer": _tokenizer_hash(self._tokenizer),
+            **({"start": _digest(self.start.items())} if self.start else {}),
         }
 
     def encode(self, text: str) -> list[int]:
@@ -202,12 +205,7 @@ class Base:
 
     def fingerprint(self) -> str:
         """SHA-256 over the name, dtype and bytes of every parameter and buffer."""
-        digest = hashlib.sha256()
-        tensors = (*self.model.named_parameters(), *self.model.named_buffers())
-        for name, tensor in sorted(tensors):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return _digest((*self.model.named_parameters(), *self.model.named_buffers()))
 
     def _inputs(self, ids: Sequence[int], position: int, cache: Cache | None) -> dict[str, Any]:
         inputs: dict[str, Any] = {
@@ -237,6 +235,14 @@ def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
     fast: Any = getattr(tokenizer, "backend_tokenizer", None)
     rules = fast.to_str() if fast is not None else repr(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(rules.encode()).hexdigest()
+
+
+def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load(

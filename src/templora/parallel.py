@@ -139,7 +139,7 @@ class ParallelSession(Session):
     def _start_afresh(self) -> None:
         super()._start_afresh()
         # What writes: on the base itself, which is bare between two events, and with keys of its own.
-        self._writer = Adapter(self.base.model, self.recipe, self.seed)
+        self._writer = Adapter(self.base.model, self.recipe, self.seed, self.base.start)
         self.decoder = Decoder(self.base, self._writer, self.plan, self.recipe.cache)
 
     def _learns_on(self) -> Base:

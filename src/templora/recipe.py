@@ -48,6 +48,9 @@ class Recipe(BaseModel):
         description="the adapter starts at this share of the base's blocks: 0 all, 0.5 the upper half"
     )
     # Sessions of old do not have the keys with a default: there it was like that.
+    start: Literal["random", "learned"] = Field(
+        "random", description="A's first values; learned: from the base's folder, where it has such a file"
+    )
     head: NonNegative = Field(
         0.0, description="the output layer learns as well, with this share of alpha; 0: it does not"
     )

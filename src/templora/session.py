@@ -74,7 +74,7 @@ class Session:
     def _start_afresh(self) -> None:
         """Adapter, optimiser, guard, caches and random state as before the first token."""
         base = self._learns_on()
-        self.adapter = Adapter(base.model, self.recipe, self.seed)
+        self.adapter = Adapter(base.model, self.recipe, self.seed, base.start)
         self.learner = Learner(self.adapter, self.recipe, self.seed)
         self.passes = Passes(base, self.adapter, self.plan, self.recipe)
         self.decoder = self.passes.decoder
