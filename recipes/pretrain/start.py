@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from templora.start import FILE, A
+
 CONTEXT, CHUNK = 256, 64  # tokens: what a chunk sees before it, and what it is
 FIRST = 2000  # tokens that are passed over: title pages are alike and no part of the book
 OVERLAP = 0.01  # share of 13-word runs that a book may have in common with those that are measured
@@ -125,8 +127,8 @@ def main() -> None:
         for own in moments.values():
             own.end_book()
         print(f"{number + 1}/{args.books} {document.title}", flush=True)
-    rows = {name: own.directions(args.rows).half().contiguous() for name, own in moments.items()}
-    save_file(rows, args.out or args.model / "start.safetensors")
+    rows = {name + A: own.directions(args.rows).half().contiguous() for name, own in moments.items()}
+    save_file(rows, args.out or args.model / FILE)
 
 
 if __name__ == "__main__":

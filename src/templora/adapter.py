@@ -21,6 +21,7 @@ from templora.errors import OutputError
 from templora.injection import Site, standing_in
 from templora.lora_linear import LoraLinear
 from templora.recipe import Recipe
+from templora.start import begin
 
 WEIGHTS = "adapter_model.safetensors"
 # A merged copy costs the memory of its layers once more; past this the side path is kept.
@@ -28,11 +29,11 @@ LARGEST_MERGED = 1 << 30  # bytes
 
 
 class Adapter:
-    """A fresh adapter: its output is zero until it has learned something.
+    """A fresh adapter: its output is zero until it has learned something, or what a learned start says.
 
     version: 0 when fresh, one more with each update. a, b: all A and all B matrices, flat views of
     `flat`, which are what an optimiser steps; `gradient` is laid out as `flat`. sites: where it works. start:
-    of the base, for recipes that want it.
+    of the base, for recipes that want it. b_rates: what it says of each site's B, [out, 1] or None.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class Adapter:
         self._model = model
         self.config = injection.config_of(model, recipe)
         self.sites = injection.inject(model, self.config, seed, head=recipe.head)
-        if recipe.start == "learned":
-            injection.begin_at(model, self.sites, start or {})
+        # Where nothing is learned, nothing is begun: base and adapter are one.
+        begins = start is not None and recipe.start == "learned" and recipe.learning_rate > 0
+        self.b_rates = begin(model, self.sites, start if begins and start else {})
         self._lay_flat(model.device)
         self._layers = [site.lora if recipe.dropout > 0 else _layer(site) for site in self.sites]
         self._merged: list[nn.Module] = []
@@ -144,7 +146,7 @@ class Adapter:
 
     def discard(self) -> None:
         """Let go of all its tensors; the model keeps no trace of it."""
-        self.sites, self._layers, self._merged, self._can_merge = [], [], [], False
+        self.sites, self._layers, self._merged, self._can_merge, self.b_rates = [], [], [], False, []
         self.flat = self.gradient = torch.empty(0)
         self.a = self.b = nn.Parameter(self.flat)
 

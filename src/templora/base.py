@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from templora import array_step, kernels, loading
+from templora import array_step, kernels, loading, start
 from templora.cache import WindowCache
 from templora.cross_entropy import linear_nll, logits_nll
 from templora.errors import InvalidRecipe
@@ -28,8 +28,8 @@ POSITIONS = ("max_position_embeddings", "max_seq_len", "seq_length")
 class Base:
     """A loaded model with its tokenizer. Make one with `templora.load`.
 
-    name: what it was loaded as. positions: how many it was trained for, None if without limit. start: where
-    its adapters' A begin, by the layer's name; empty where its folder says nothing of that.
+    name: what it was loaded as. positions: how many it was trained for, None if without limit. start: what
+    its folder says of where its adapters begin, see `templora.start`; empty where that is nothing.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Base:
     ) -> None:
         self.model, self.name = model.eval(), name or model.config.name_or_path or ""
         model.requires_grad_(False)
-        self.start = loading.start_of(model.config.name_or_path or "")
+        self.start = start.read(model.config.name_or_path or "")
         self._tokenizer = tokenizer
         self._probe: Probe = probe(model)
         self._step = array_step.step_of(model)

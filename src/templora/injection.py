@@ -6,7 +6,7 @@ in for the originals.
 
 import re
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -149,19 +149,6 @@ def named(model: PreTrainedModel, sites: Sequence[Site]) -> Iterator[tuple[str, 
         for name in parent._modules:  # pyright: ignore[reportPrivateUsage]
             if site := places.get((id(parent), name)):
                 yield PEFT_PREFIX + (f"{prefix}.{name}" if prefix else name), site
-
-
-@torch.no_grad()
-def begin_at(model: PreTrainedModel, sites: Sequence[Site], start: Mapping[str, Tensor]) -> None:
-    """Put learned rows in place of random ones into each A, as many as it has.
-
-    start: rows of A, [rows, in], by the layer's name.
-    """
-    for name, site in named(model, sites):
-        rows = start.get(name.removeprefix(PEFT_PREFIX))
-        if rows is not None and rows.shape[1] == site.a.shape[1]:
-            count = min(len(rows), len(site.a))
-            site.a[:count] = rows[:count].to(site.a)
 
 
 def _no_layers(model: PreTrainedModel, reason: str) -> UnsupportedModel:

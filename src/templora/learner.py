@@ -57,9 +57,10 @@ class Learner:
             weight_decay=recipe.weight_decay,
             fused=True,
         )
-        weights, rate = adapter.layers_b[0], recipe.magnitude_rate
+        weights, rate, rows = adapter.layers_b[0], recipe.magnitude_rate, adapter.b_rates
         self.magnitudes = Magnitudes(len(weights), rate, adapter.flat.device) if rate else None
-        self.layer_rates = LayerRates(weights, recipe.layer_rate) if recipe.layer_rate else None
+        differ = recipe.layer_rate > 0 or any(own is not None for own in rows)
+        self.layer_rates = LayerRates(weights, recipe.layer_rate, rows) if differ else None
 
     @property
     def one_pass(self) -> bool:

@@ -6,9 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,7 +18,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from templora.errors import ModelNotFound, OutOfMemory, UnsupportedModel
 
 EMBEDDED = "novelist"
-START = "start.safetensors"  # in a base's folder: where its adapters' A begin
 # fp32 costs twice the memory but runs faster than bf16 on most CPUs, and merges exactly.
 LARGEST_FP32_ON_CPU = 2_000_000_000  # parameters
 
@@ -46,23 +42,6 @@ def load_pretrained(
         raise OutOfMemory(
             f"{name} does not fit on {target}; choose a smaller model or --dtype bfloat16"
         ) from error
-
-
-def start_of(place: str) -> dict[str, Tensor]:
-    """Where the adapters of the base in that folder begin: for each layer's name rows of A, [rows, in].
-
-    Empty where there is no such file; `recipes/pretrain/start.py` makes one.
-
-    Raises:
-        ModelNotFound: it is damaged.
-    """
-    path = Path(place) / START
-    if not place or not path.is_file():
-        return {}
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ModelNotFound(f"cannot read {path}: {error}; restore it, or remove it to do without") from error
 
 
 def _moved(model: PreTrainedModel, dtype: str | None, device: str) -> PreTrainedModel:

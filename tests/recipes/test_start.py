@@ -53,6 +53,6 @@ def test_the_script_writes_what_a_base_loads(tmp_path: Path) -> None:
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "overlap dropped" in printed and "3/3 c" in printed and " d\n" not in printed.split("1/3")[1]
     made, shipped = load_file(out), load_file(NOVELIST / "start.safetensors")
-    assert made.keys() == shipped.keys()
+    assert made.keys() == {name for name in shipped if name.endswith(".lora_A.weight")}
     assert {tuple(rows.shape) for rows in made.values()} == {(8, 256), (8, 704)}
     assert all(bool(rows.isfinite().all()) for rows in [*made.values(), *shipped.values()])
