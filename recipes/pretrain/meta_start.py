@@ -19,6 +19,7 @@ better base in disguise: the model card says what it is worth before anything is
 from __future__ import annotations
 
 import argparse
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -42,7 +43,7 @@ WINDOW = 256  # tokens, and the context's
 EARLY = 4  # updates after which v means something
 FORGET = 0.998  # of earlier updates, a chunk: their rate was higher and v has changed since
 # Steps on A by its own size, on B, and on the logarithms of B's rates.
-STEPS = {A: 0.05, B: 1.5e-3, B_RATE: 0.05}
+STEPS = {A: 0.05, B: 2.5e-3, B_RATE: 0.05}
 LARGEST_LOG = 2.0
 BETAS, DAMPING = (0.8, 0.95), 0.3  # of Adam; what is small against a text's whole gradient stays where it is
 
@@ -176,6 +177,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="by default MODEL/start.safetensors")
     args = parser.parse_args()
     team, out = Team.join(), args.out or args.model / FILE
+    part = out.with_suffix(".part")
     base = templora.load(str(args.model))
     unseen = [args.data / "novels.dev.jsonl.xz", *sorted(args.data.glob("pg19/*.txt.xz"))]
     documents = drop_overlapping(read_documents(args.data / "novels.train.jsonl.xz"), unseen, OVERLAP)
@@ -195,7 +197,8 @@ def main() -> None:
         step()
         base.start, mean = start_of(values), team.mean(nll)
         if team.leads:
-            save_file({name: value.half().contiguous() for name, value in base.start.items()}, out)
+            save_file({name: value.half().contiguous() for name, value in base.start.items()}, part)
+            os.replace(part, out)  # a kill half-way leaves the last file whole
             print(f"{number + 1}/{rounds} {mean:.4f}", flush=True)
 
 
