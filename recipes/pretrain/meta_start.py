@@ -55,6 +55,7 @@ class Layer:
         self.site, self.rates = site, torch.ones(()) if rates is None else rates
         self.whole: Tensor | None = None  # this chunk's gradient of the weight, [out, in]
         self.path = torch.zeros(site.b.shape[0], site.a.shape[1])  # of the updates so far
+        self.before = site.b.detach().clone()  # B as the chunk met it: an update always fits its own chunk
         self.a, self.b = torch.zeros_like(site.a), torch.zeros_like(site.b)
         self.log_rate = torch.zeros(len(site.b))
 
@@ -84,9 +85,10 @@ class Layer:
         of_b = self.whole @ self.site.a.T
         if counts:
             self.b += clip * of_b
-            self.log_rate += (of_b * self.site.b).sum(1)
+            self.log_rate += (of_b * self.before).sum(1)
             self.a -= (self.rates * of_b / (square.sqrt() + 1e-8)).T @ self.path
         self.path.mul_(FORGET).add_(self.whole, alpha=clip * rate)
+        self.before.copy_(self.site.b)
         self.whole = None
 
 
