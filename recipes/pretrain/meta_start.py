@@ -42,7 +42,7 @@ from templora.start import B_RATE, FILE, A, B
 WINDOW = 256  # tokens, and the context's
 EARLY = 4  # updates after which v means something
 FORGET = 0.998  # of earlier updates, a chunk: their rate was higher and v has changed since
-# Steps on A by its own size, on B, and on the logarithms of B's rates.
+# Steps on A by its own size, on B (2.5e-3 ran away), and on the logarithms of B's rates.
 STEPS = {A: 0.05, B: 1.5e-3, B_RATE: 0.05}
 LARGEST_LOG = 2.0
 BETAS, DAMPING = (0.8, 0.95), 0.3  # of Adam; what is small against a text's whole gradient stays where it is

@@ -44,8 +44,8 @@ class Adapter:
         self.config = injection.config_of(model, recipe)
         self.sites = injection.inject(model, self.config, seed, head=recipe.head)
         # Where nothing is learned, nothing is begun: base and adapter are one.
-        begins = start is not None and recipe.start == "learned" and recipe.learning_rate > 0
-        self.b_rates = begin(model, self.sites, start if begins and start else {})
+        begins = recipe.start == "learned" and recipe.learning_rate > 0
+        self.b_rates = begin(model, self.sites, (start or {}) if begins else {})
         self._lay_flat(model.device)
         self._layers = [site.lora if recipe.dropout > 0 else _layer(site) for site in self.sites]
         self._merged: list[nn.Module] = []

@@ -49,7 +49,8 @@ class Recipe(BaseModel):
     )
     # Sessions of old do not have the keys with a default: there it was like that.
     start: Literal["random", "learned"] = Field(
-        "random", description="A's first values; learned: and B's rates, as the base's folder says if it does"
+        "random",
+        description="random: A; learned: A, B and the rates of B's rows from the base's folder, if there",
     )
     head: NonNegative = Field(
         0.0, description="the output layer learns as well, with this share of alpha; 0: it does not"
