@@ -36,10 +36,12 @@ import templora
 from templora.base import Base
 from templora.events import ChunkLearned, ChunkScored
 from templora.injection import PEFT_PREFIX, Site, named
+from templora.metrics import Tally
 from templora.session import Session
 from templora.start import B_RATE, FILE, A, B
 
 WINDOW = 256  # tokens, and the context's
+BEGINNING = 1024  # tokens
 EARLY = 4  # updates after which v means something
 FORGET = 0.998  # of earlier updates, a chunk: their rate was higher and v has changed since
 # Steps on A by its own size, on B (2.5e-3 ran away), and on the logarithms of B's rates.
@@ -92,11 +94,14 @@ class Layer:
         self.whole = None
 
 
-def read(base: Base, ids: list[int], recipe: str) -> tuple[dict[str, Tensor], float]:
-    """What one text says, by the names of what is learned, each of mean square 1; and its NLL per token."""
+def read(base: Base, ids: list[int], recipe: str) -> tuple[dict[str, Tensor], float, float]:
+    """What one text says, by the names of what is learned, each of mean square 1; and its NLL per token.
+
+    The last is that of its first tokens alone: if what B begins with runs away, it shows there alone.
+    """
     session = base.session(recipe, seed=0, window=WINDOW, context=WINDOW)
     session.extend(ids, "")
-    adapter, nll, tokens = session.adapter, 0.0, 0
+    adapter, total, first = session.adapter, Tally(), Tally()
     layers = [Layer(site, rates) for site, rates in zip(adapter.sites, adapter.b_rates, strict=True)]
     with ExitStack() as stack:
         with adapter.attached():
@@ -104,7 +109,9 @@ def read(base: Base, ids: list[int], recipe: str) -> tuple[dict[str, Tensor], fl
                 stack.callback(layer.watch().remove)
         for event in session.learning():
             if isinstance(event, ChunkScored):
-                nll, tokens = nll + event.adapted_nll, tokens + event.tokens
+                total.add(event.adapted_nll, event.tokens)
+                if event.start < BEGINNING:
+                    first.add(event.adapted_nll, event.tokens)
             elif isinstance(event, ChunkLearned):
                 _learned(session, layers, event)
     found = dict[str, Tensor]()
@@ -112,7 +119,8 @@ def read(base: Base, ids: list[int], recipe: str) -> tuple[dict[str, Tensor], fl
         (layer,) = (own for own in layers if own.site is site)
         key = name.removeprefix(PEFT_PREFIX)
         found |= {key + A: layer.a, key + B: layer.b, key + B_RATE: layer.log_rate}
-    return {name: g / (g.square().mean().sqrt() + 1e-20) for name, g in found.items()}, nll / tokens
+    found = {name: g / (g.square().mean().sqrt() + 1e-20) for name, g in found.items()}
+    return found, total.nll / total.tokens, first.nll / first.tokens
 
 
 def _learned(session: Session, layers: list[Layer], event: ChunkLearned) -> None:
@@ -192,16 +200,16 @@ def main() -> None:
     base.start, rounds = start_of(values), args.texts // team.size
     step = optimizer(values, rounds)
     for number, ids in enumerate(pieces(documents, base, rounds * team.size, args.tokens, team)):
-        found, nll = read(base, ids, args.recipe)
+        found, *nll = read(base, ids, args.recipe)
         for name, value in values.items():
             value.grad = found[name]
         team.average(values.values())
         step()
-        base.start, mean = start_of(values), team.mean(nll)
+        base.start, (mean, first) = start_of(values), map(team.mean, nll)
         if team.leads:
             save_file({name: value.half().contiguous() for name, value in base.start.items()}, part)
             os.replace(part, out)  # a kill half-way leaves the last file whole
-            print(f"{number + 1}/{rounds} {mean:.4f}", flush=True)
+            print(f"{number + 1}/{rounds} {mean:.4f} nats, first {BEGINNING} tokens {first:.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def test_a_step_along_what_a_text_says_makes_it_easier(monkeypatch: pytest.Monke
 
     base = templora.load("novelist")
     ids = base.encode(BOOK)[:3072]
-    begun, (said, nll) = dict(base.start), read(base, ids, "default")
+    begun, (said, nll, _) = dict(base.start), read(base, ids, "default")
 
     def after(size: float, kind: str) -> float:
         """NLL per token from a start that went against the gradient, by that share of what it is."""
