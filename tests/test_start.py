@@ -1,4 +1,4 @@
-"""Where a base's adapters begin, and at which rates: as its folder says, if recipe and folder do."""
+"""Where a base's adapters begin, and by what Adam divides: as its folder says, if recipe and folder do."""
 
 from pathlib import Path
 
@@ -10,6 +10,8 @@ import templora
 from templora.base import Base
 from templora.errors import ModelNotFound, WrongBase
 from templora.events import ChunkScored
+from templora.injection import PEFT_PREFIX, named
+from templora.start import RMS_A, RMS_B, A
 from templora.testing import ByteTokenizer, tiny_llama
 
 LAYER = "model.layers.1.mlp.down_proj"
@@ -70,21 +72,49 @@ def test_b_begins_there_too_for_any_scale_but_only_where_something_is_learned(fo
     assert first(alpha=8) == nothing, "B without its A"
 
 
-def test_rows_of_b_learn_at_their_own_rates(folder: Path) -> None:
-    def learned(**changes: object) -> torch.Tensor:
-        """B of that layer after a chunk, [out, rank]."""
-        wishes = {"magnitude_rate": 0.0, "layer_rate": 0.0, "guard": False, **SIZES, **changes}
-        session = templora.load(str(folder)).session(seed=1, **wishes)
-        session.read("The old captain looked at the sea.")
-        (b,) = (site.b for site in session.adapter.sites if site.name == "down_proj")
-        return b.detach().clone()
+def test_what_adam_divides_by_is_known_from_the_start(folder: Path) -> None:
+    wishes = {"magnitude_rate": 0.0, "layer_rate": 0.0, "guard": False, "epochs": 1, "clip": None, **SIZES}
+    wishes["chunk"] = 24  # of which the text fills one
 
-    plain = learned(epochs=1, chunk=24)
-    rates = torch.linspace(0.0, 2.0, len(plain))
-    save_file({f"{LAYER}.b_rate": rates}, folder / "start.safetensors")
-    assert torch.allclose(learned(epochs=1, chunk=24), plain * rates[:, None], atol=1e-7)
-    save_file({f"{LAYER}.b_rate": rates[1:]}, folder / "start.safetensors")
-    assert torch.equal(learned(epochs=1, chunk=24), plain), "of another layer's size"
+    def learned(rank: int = 8, alpha: float = 8) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Change of A, and of B, of each layer after a chunk."""
+        session = templora.load(str(folder)).session(seed=1, rank=rank, alpha=alpha, **wishes)
+        sites = {n.removeprefix(PEFT_PREFIX): s for n, s in named(session.base.model, session.adapter.sites)}
+        before = {name: (site.a.detach().clone(), site.b.detach().clone()) for name, site in sites.items()}
+        session.read("The old captain looked at the sea.")
+        of_a = {name: site.a.detach() - before[name][0] for name, site in sites.items()}
+        return of_a, {name: site.b.detach() - before[name][1] for name, site in sites.items()}
+
+    def known(rms: float) -> dict[str, torch.Tensor]:
+        return {
+            name: value
+            for layer, (rows, out) in sizes.items()
+            for name, value in {
+                layer + A: torch.randn(rows, generator=torch.Generator().manual_seed(1)) / 8,
+                layer + RMS_A: torch.full(rows, rms),
+                layer + RMS_B: torch.linspace(rms, 2 * rms, out).repeat(8, 1).T.contiguous(),
+            }.items()
+        }
+
+    of_a, of_b = learned()
+    sizes = {layer: (of_a[layer].shape, len(of_b[layer])) for layer in of_b}
+    save_file(known(1.0), folder / "start.safetensors")
+    _, once = learned()
+    save_file(known(0.5), folder / "start.safetensors")
+    _, twice = learned()
+    _, scaled = learned(alpha=16)
+    for layer, step in once.items():
+        assert bool(step.any())
+        assert torch.allclose(twice[layer], 2 * step, rtol=0.01), "as long as its gradient is large"
+        assert torch.allclose(scaled[layer], twice[layer], rtol=0.01), "and no longer for a larger scale"
+    incomplete = known(0.5)
+    del incomplete[LAYER + RMS_B]
+    save_file(incomplete, folder / "start.safetensors")
+    largest = [float(step.abs().max()) for step in learned()[1].values()]
+    assert largest == pytest.approx([max(largest)] * len(largest), rel=0.05), "plain Adam: all alike"
+    save_file(known(0.5), folder / "start.safetensors")
+    largest = [float(step.abs().max()) for step in learned(rank=16)[1].values()]
+    assert largest == pytest.approx([max(largest)] * len(largest), rel=0.05), "more rows than are known"
 
 
 def test_a_session_is_not_continued_from_another_start(folder: Path, tmp_path: Path) -> None:

@@ -5,15 +5,18 @@
 
 start.py takes the gradients of the bare base and asks which directions are worth learning in. Here a text is
 read as a session reads it, Adam, guard and all, and each chunk, scored before it is learned, says what would
-have been better at the start. B is the sum of all updates so far, B = -Σ rate · (Gᵢ Aᵀ) / √v, so
+have been better at the start. What Adam divides by is known before the text begins (RMS_A and RMS_B in the
+file), so B is what it began with less all updates, B = B₀ - Σ rate · Gᵢ Aᵀ / RMS_B, and through them the loss
+of a chunk has a gradient
 
-- through them a chunk's loss has a gradient for A, -((G Aᵀ) / √v)ᵀ Σ rate Gᵢ, where v is taken as given;
-- for the logarithm of the rate of each row of B: that row times its own gradient, added up;
-- and for what B begins with: its own gradient, added up, as first-order MAML has it (arXiv 1803.02999).
+- for A: -(G Aᵀ / RMS_B)ᵀ Σ rate Gᵢ, and Bᵀ G;
+- for what B begins with: G Aᵀ, as first-order MAML has it (arXiv 1803.02999);
+- for the logarithms of RMS_B and RMS_A: B's, and A's, own gradient times what they have come, with a minus.
 
-G is the gradient of a layer's whole weight, [out, in]. Each text counts alike, and after each Adam takes a
-step (hypergradients, as in arXiv 1703.04782, over the whole text so far). What B begins with must not be a
-better base in disguise: the model card says what it is worth before anything is learned.
+G is the gradient of a layer's whole weight, [out, in]. What a text has learned by now repairs much of how it
+began, so the direct gradients of A and B₀ count less with each chunk. Each text counts alike, and after each
+one Adam takes a step (hypergradients, as in arXiv 1703.04782, over the whole text so far). What B begins with
+must not be a better base in disguise: the model card says what it is worth before anything is learned.
 """
 
 from __future__ import annotations
@@ -21,13 +24,14 @@ from __future__ import annotations
 import argparse
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from data import Document, drop_overlapping, read_documents
 from safetensors.torch import load_file, save_file
+from squares import SQUARES_FROM, WINDOW, expected
 from start import FIRST, OVERLAP
 from team import Team
 from torch import Tensor, nn
@@ -38,28 +42,37 @@ from templora.events import ChunkLearned, ChunkScored
 from templora.injection import PEFT_PREFIX, Site, named
 from templora.metrics import Tally
 from templora.session import Session
-from templora.start import B_RATE, FILE, A, B
+from templora.start import FILE, RMS_A, RMS_B, A, B
 
-WINDOW = 256  # tokens, and the context's
 BEGINNING = 1024  # tokens
-EARLY = 4  # updates after which v means something
-FORGET = 0.998  # of earlier updates, a chunk: their rate was higher and v has changed since
-# Steps on A by its own size, on B (2.5e-3 ran away), and on the logarithms of B's rates.
-STEPS = {A: 0.05, B: 1.5e-3, B_RATE: 0.05}
-LARGEST_LOG = 2.0
+ROWS = ".lora_B.rows"  # by what RMS_B's rows have changed: they are surer than its numbers
+FORGET = 0.999  # of earlier updates, a chunk: Adam's squares do change a little
+REPAIRED = 0.97  # of what the beginning counts for directly, a chunk; without it B ran away
+# Steps on A by its own size, on B, and on logarithms.
+STEPS = {A: 0.05, B: 1e-3, RMS_A: 0.02, RMS_B: 0.02, ROWS: 0.04}
+LOGS = (RMS_A, RMS_B, ROWS)
 BETAS, DAMPING = (0.8, 0.95), 0.3  # of Adam; what is small against a text's whole gradient stays where it is
 
 
 class Layer:
-    """One layer of one text: what its chunks say of A, [rank, in], B, [out, rank], and B's rates, [out]."""
+    """One layer of one text: what its chunks say, under the names of the file.
 
-    def __init__(self, site: Site, rates: Tensor | None) -> None:
-        self.site, self.rates = site, torch.ones(()) if rates is None else rates
+    rates: of B's numbers, [out, rank]: by what its gradient is multiplied.
+    """
+
+    def __init__(self, site: Site, rates: Tensor) -> None:
+        self.site, self.rates = site, rates
         self.whole: Tensor | None = None  # this chunk's gradient of the weight, [out, in]
         self.path = torch.zeros(site.b.shape[0], site.a.shape[1])  # of the updates so far
-        self.before = site.b.detach().clone()  # B as the chunk met it: an update always fits its own chunk
-        self.a, self.b = torch.zeros_like(site.a), torch.zeros_like(site.b)
-        self.log_rate = torch.zeros(len(site.b))
+        self.begun = (site.a.detach().clone(), site.b.detach().clone())
+        self.before = self.begun  # as the chunk met them: an update always fits its own chunk
+        self.direct = 1.0
+        self.found = {
+            A: torch.zeros_like(site.a),
+            B: torch.zeros_like(site.b),
+            RMS_A: torch.zeros_like(site.a),
+            RMS_B: torch.zeros_like(site.b),
+        }
 
     def watch(self) -> torch.utils.hooks.RemovableHandle:
         """From now on each pass that is differentiated leaves the weight's gradient."""
@@ -75,22 +88,19 @@ class Layer:
         self.whole = gradient if self.whole is None else self.whole + gradient
 
     @torch.no_grad()
-    def learned(self, clip: float, rate: float, square: Tensor, *, counts: bool) -> None:
-        """A chunk was learned.
-
-        Args:
-            clip, rate: what its gradient and its update were multiplied by. square: Adam's v, [out, rank].
-            counts: whether what it says is added up.
-        """
+    def learned(self, clip: float, rate: float) -> None:
+        """A chunk was learned; clip, rate: what its gradient and its update were multiplied by."""
         if self.whole is None:
             return
-        of_b = self.whole @ self.site.a.T
-        if counts:
-            self.b += clip * of_b
-            self.log_rate += (of_b * self.before).sum(1)
-            self.a -= (self.rates * of_b / (square.sqrt() + 1e-8)).T @ self.path
-        self.path.mul_(FORGET).add_(self.whole, alpha=clip * rate)
-        self.before.copy_(self.site.b)
+        (a, b), (first_a, first_b), whole = self.before, self.begun, clip * self.whole
+        of_a, of_b = b.T @ whole, whole @ a.T
+        self.found[A] += self.direct * of_a - (self.rates * of_b).T @ self.path
+        self.found[B] += self.direct * of_b
+        self.found[RMS_A] -= of_a * (a - first_a)
+        self.found[RMS_B] -= of_b * (b - first_b)
+        self.path.mul_(FORGET).add_(whole, alpha=rate)
+        self.direct *= REPAIRED
+        self.before = (self.site.a.detach().clone(), self.site.b.detach().clone())
         self.whole = None
 
 
@@ -102,7 +112,12 @@ def read(base: Base, ids: list[int], recipe: str) -> tuple[dict[str, Tensor], fl
     session = base.session(recipe, seed=0, window=WINDOW, context=WINDOW)
     session.extend(ids, "")
     adapter, total, first = session.adapter, Tally(), Tally()
-    layers = [Layer(site, rates) for site, rates in zip(adapter.sites, adapter.b_rates, strict=True)]
+    if adapter.squares is None:
+        raise SystemExit(f"recipe {recipe} does not use what {FILE} says; it needs start: learned")
+    squares = adapter.squares[1].split([site.b.numel() for site in adapter.sites])
+    layers = [
+        Layer(site, own.rsqrt().view_as(site.b)) for site, own in zip(adapter.sites, squares, strict=True)
+    ]
     with ExitStack() as stack:
         with adapter.attached():
             for layer in layers:
@@ -117,23 +132,20 @@ def read(base: Base, ids: list[int], recipe: str) -> tuple[dict[str, Tensor], fl
     found = dict[str, Tensor]()
     for name, site in named(base.model, adapter.sites):
         (layer,) = (own for own in layers if own.site is site)
-        key = name.removeprefix(PEFT_PREFIX)
-        found |= {key + A: layer.a, key + B: layer.b, key + B_RATE: layer.log_rate}
+        of_rows = layer.found[RMS_B].sum(1, keepdim=True)
+        found |= {
+            name.removeprefix(PEFT_PREFIX) + kind: g for kind, g in (layer.found | {ROWS: of_rows}).items()
+        }
     found = {name: g / (g.square().mean().sqrt() + 1e-20) for name, g in found.items()}
     return found, total.nll / total.tokens, first.nll / first.tokens
 
 
 def _learned(session: Session, layers: list[Layer], event: ChunkLearned) -> None:
     recipe, learner = session.recipe, session.learner
-    state = learner.optimizer.state[session.adapter.b]
-    squares = state["exp_avg_sq"] / (1 - recipe.beta2 ** float(state["step"]))
     clip = min(1.0, (recipe.clip or float("inf")) / (event.gradient_norm + 1e-6))
     rates = learner.layer_rates.logs.exp() if learner.layer_rates else torch.ones(len(layers))
-    rates = rates * event.share * event.learning_rate / recipe.learning_rate
-    sizes = [layer.site.b.numel() for layer in layers]
-    for layer, square, rate in zip(layers, squares.split(sizes), rates.tolist(), strict=True):
-        counts = event.version > EARLY
-        layer.learned(clip, rate, square.view_as(layer.site.b), counts=counts)
+    for layer, rate in zip(layers, rates.tolist(), strict=True):
+        layer.learned(clip, rate * event.share * event.learning_rate * recipe.b_rate)
 
 
 def pieces(documents: list[Document], base: Base, texts: int, tokens: int, team: Team) -> Iterator[list[int]]:
@@ -150,13 +162,12 @@ def pieces(documents: list[Document], base: Base, texts: int, tokens: int, team:
 
 def optimizer(values: dict[str, nn.Parameter], rounds: int) -> Callable[[], None]:
     """A step on all values along their gradients; steps get shorter, down to a fifth."""
-    kinds = [next(kind for kind in STEPS if name.endswith(kind)) for name in values]
-    sizes = [
-        float(value.detach().std()) if kind == A else 1.0
-        for value, kind in zip(values.values(), kinds, strict=True)
+    groups = [
+        {"params": [value], "lr": STEPS[kind] * (float(value.detach().std()) if kind == A else 1.0)}
+        for name, value in values.items()
+        for kind in STEPS
+        if name.endswith(kind)
     ]
-    rates = [STEPS[kind] * size for kind, size in zip(kinds, sizes, strict=True)]
-    groups = [{"params": [value], "lr": rate} for value, rate in zip(values.values(), rates, strict=True)]
     adam = torch.optim.Adam(groups, betas=BETAS, eps=DAMPING)
     schedule = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.2, max(1, rounds))
 
@@ -167,13 +178,34 @@ def optimizer(values: dict[str, nn.Parameter], rounds: int) -> Callable[[], None
     return step
 
 
+def learnable(start: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """What is learned: A and B as they are, what Adam divides by as its logarithm, and that of its rows."""
+    values = {name: value.log() if name.endswith(LOGS) else value.clone() for name, value in start.items()}
+    for layer in [name.removesuffix(A) for name in start if name.endswith(A)]:
+        width = values[layer + RMS_B].shape
+        values.setdefault(layer + B, torch.zeros(width))
+        values[layer + ROWS] = torch.zeros(width[0], 1)
+    return {name: nn.Parameter(value) for name, value in values.items()}
+
+
 @torch.no_grad()
-def start_of(values: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """What sessions begin with: A as it is, rates in place of their logarithms."""
+def start_of(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What sessions begin with, and the file holds."""
+    start = {name: value.clone() for name, value in values.items() if not name.endswith(LOGS)}
     for name, value in values.items():
-        if name.endswith(B_RATE):
-            value.clamp_(-LARGEST_LOG, LARGEST_LOG)
-    return {n: v.exp() if n.endswith(B_RATE) else v.clone() for n, v in values.items()}
+        if name.endswith(RMS_A):
+            start[name] = value.exp()
+        elif name.endswith(RMS_B):
+            start[name] = (value + values[name.removesuffix(RMS_B) + ROWS]).exp()
+    return start
+
+
+def save(start: Mapping[str, Tensor], path: Path) -> None:
+    """Write the file; a kill half-way leaves the last one whole."""
+    part = path.with_suffix(".part")
+    kinds = {name: torch.bfloat16 if name.endswith(LOGS) else torch.float16 for name in start}
+    save_file({name: value.to(kinds[name]).contiguous() for name, value in start.items()}, part)
+    os.replace(part, path)
 
 
 def main() -> None:
@@ -187,17 +219,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="by default MODEL/start.safetensors")
     args = parser.parse_args()
     team, out = Team.join(), args.out or args.model / FILE
-    part = out.with_suffix(".part")
     base = templora.load(str(args.model))
     unseen = [args.data / "novels.dev.jsonl.xz", *sorted(args.data.glob("pg19/*.txt.xz"))]
     documents = drop_overlapping(read_documents(args.data / "novels.train.jsonl.xz"), unseen, OVERLAP)
-    start = {name: value.float() for name, value in load_file(args.model / FILE).items()}
-    for layer in [name.removesuffix(A) for name in start if name.endswith(A)]:
-        out_features = base.model.get_submodule(layer).out_features
-        start.setdefault(layer + B, torch.zeros(out_features, len(start[layer + A])))
-        start[layer + B_RATE] = start.get(layer + B_RATE, torch.ones(out_features)).log()
-    values = {name: nn.Parameter(value) for name, value in start.items()}
-    base.start, rounds = start_of(values), args.texts // team.size
+    base.start = {name: value.float() for name, value in load_file(args.model / FILE).items()}
+    if not any(name.endswith(RMS_B) for name in base.start):
+        texts = pieces(documents, base, SQUARES_FROM, args.tokens, Team())  # the same in each process
+        base.start |= expected(base, texts, args.recipe)
+    values, rounds = learnable(base.start), args.texts // team.size
     step = optimizer(values, rounds)
     for number, ids in enumerate(pieces(documents, base, rounds * team.size, args.tokens, team)):
         found, *nll = read(base, ids, args.recipe)
@@ -207,8 +236,7 @@ def main() -> None:
         step()
         base.start, (mean, first) = start_of(values), map(team.mean, nll)
         if team.leads:
-            save_file({name: value.half().contiguous() for name, value in base.start.items()}, part)
-            os.replace(part, out)  # a kill half-way leaves the last file whole
+            save(base.start, out)
             print(f"{number + 1}/{rounds} {mean:.4f} nats, first {BEGINNING} tokens {first:.4f}", flush=True)
 
 

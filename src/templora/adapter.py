@@ -6,7 +6,7 @@ snapshot, a norm or an optimiser step is one operation.
 """
 
 import copy
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,7 +33,8 @@ class Adapter:
 
     version: 0 when fresh, one more with each update. a, b: all A and all B matrices, flat views of
     `flat`, which are what an optimiser steps; `gradient` is laid out as `flat`. sites: where it works. start:
-    of the base, for recipes that want it. b_rates: what it says of each site's B, [out, 1] or None.
+    of the base, for recipes that want it. squares: what it says of the mean squares of the gradients of `a`
+    and of `b`, laid out as they are; None if nothing.
     """
 
     def __init__(
@@ -45,8 +46,11 @@ class Adapter:
         self.sites = injection.inject(model, self.config, seed, head=recipe.head)
         # Where nothing is learned, nothing is begun: base and adapter are one.
         begins = recipe.start == "learned" and recipe.learning_rate > 0
-        self.b_rates = begin(model, self.sites, (start or {}) if begins else {})
+        known = begin(model, self.sites, (start or {}) if begins else {})
         self._lay_flat(model.device)
+        self.squares = (
+            None if known is None else (_squares(a for a, _ in known), _squares(b for _, b in known))
+        )
         self._layers = [site.lora if recipe.dropout > 0 else _layer(site) for site in self.sites]
         self._merged: list[nn.Module] = []
         self._merged_version: int | None = None
@@ -146,7 +150,7 @@ class Adapter:
 
     def discard(self) -> None:
         """Let go of all its tensors; the model keeps no trace of it."""
-        self.sites, self._layers, self._merged, self._can_merge, self.b_rates = [], [], [], False, []
+        self.sites, self._layers, self._merged, self._can_merge, self.squares = [], [], [], False, None
         self.flat = self.gradient = torch.empty(0)
         self.a = self.b = nn.Parameter(self.flat)
 
@@ -198,6 +202,11 @@ class Adapter:
             torch.addmm(site.original.weight, left, right, alpha=site.scale, out=merged.weight)  # pyright: ignore[reportCallIssue, reportArgumentType]
         self._merged_version = self.version
         return self._merged
+
+
+def _squares(roots: Iterable[Tensor]) -> Tensor:
+    """Of matrices of any shapes, in one flat tensor."""
+    return torch.cat([root.float().reshape(-1) for root in roots]).square()
 
 
 def _layer(site: Site) -> nn.Module:

@@ -6,7 +6,6 @@ turns back they were too long (the hypergradient of arXiv 1703.04782, over a tra
 IDBD, 1992). It sees tensors only, and knows nothing of chunks.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,15 +20,11 @@ LEAST, MOST = -3.0, 1.5  # of a factor's logarithm
 class LayerRates(Slopes):
     """Adam over the logarithm of each layer's rate.
 
-    rate: of the logarithms; 0: they stay as they are. logs: [layers]. trace: of what was added to each
-    layer's B, [out, rank] each. rows: known factors for the rows of each B on top of that, [out, 1] or None.
+    rate: of the logarithms. logs: [layers]. trace: of what was added to each layer's B, [out, rank] each.
     """
 
-    def __init__(
-        self, weights: list[Tensor], rate: float, rows: Sequence[Tensor | None] | None = None
-    ) -> None:
+    def __init__(self, weights: list[Tensor], rate: float) -> None:
         super().__init__(len(weights), weights[0].device)
-        self.rows = rows or [None] * len(weights)
         self.rate, self.logs = rate, torch.zeros_like(self.mean)
         self.trace = [torch.zeros_like(weight) for weight in weights]
 
@@ -47,11 +42,9 @@ class LayerRates(Slopes):
             before, weights: each layer's B, [out, rank], before an optimiser's step and after it; the latter
                 are changed in place.
         """
-        layers = zip(before, weights, self.trace, self.rows, self.logs.exp().tolist(), strict=True)
-        for old, weight, trace, rows, factor in layers:
+        layers = zip(before, weights, self.trace, self.logs.exp().tolist(), strict=True)
+        for old, weight, trace, factor in layers:
             step = weight - old
-            if rows is not None:
-                step *= rows
             weight.copy_(old).add_(step, alpha=factor)
             trace.mul_(DECAY).add_(step, alpha=factor)
 

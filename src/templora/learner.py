@@ -17,6 +17,8 @@ from templora.layer_rates import LayerRates
 from templora.magnitude import Magnitudes
 from templora.recipe import Recipe
 
+# Steps after which Adam takes its mean squares for what they are: those that a base's start brings along.
+KNOWN = 1e6
 SHORTEST = 5  # a step of a thousandth is the shortest that is tried
 
 
@@ -57,10 +59,12 @@ class Learner:
             weight_decay=recipe.weight_decay,
             fused=True,
         )
-        weights, rate, rows = adapter.layers_b[0], recipe.magnitude_rate, adapter.b_rates
+        for side, squares in zip((adapter.a, adapter.b), adapter.squares or (), strict=False):
+            step, mean = torch.tensor(KNOWN, device=side.device), torch.zeros_like(side)
+            self.optimizer.state[side] = {"step": step, "exp_avg": mean, "exp_avg_sq": squares.clone()}
+        weights, rate = adapter.layers_b[0], recipe.magnitude_rate
         self.magnitudes = Magnitudes(len(weights), rate, adapter.flat.device) if rate else None
-        differ = recipe.layer_rate > 0 or any(own is not None for own in rows)
-        self.layer_rates = LayerRates(weights, recipe.layer_rate, rows) if differ else None
+        self.layer_rates = LayerRates(weights, recipe.layer_rate) if recipe.layer_rate else None
 
     @property
     def one_pass(self) -> bool:

@@ -1,8 +1,9 @@
-"""Where the adapters of a base begin, and how fast the rows of their B learn: a file beside its weights.
+"""Where the adapters of a base begin, and how large their gradients are: a file beside its weights.
 
 For layers by name: `NAME.lora_A.weight`, rows of A, [rows, in]; `NAME.lora_B.weight`, columns of B as for
-a scale of 1, [out, rows]; `NAME.b_rate`, by what the rate of each row of B is multiplied, [out]. Each is
-optional, but B means nothing without A. `recipes/pretrain/start.py` and `meta_start.py` make it.
+a scale of 1, [out, rows]; `NAME.lora_A.rms` and `NAME.lora_B.rms`, of the same shapes, what Adam divides a
+gradient by before this text has said anything. B means nothing without A, and the last two count only where
+each layer has both. `recipes/pretrain/start.py` and `meta_start.py` make it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from templora.errors import ModelNotFound
 from templora.injection import PEFT_PREFIX, Site, named
 
 FILE = "start.safetensors"
-A, B, B_RATE = ".lora_A.weight", ".lora_B.weight", ".b_rate"
+A, B, RMS_A, RMS_B = ".lora_A.weight", ".lora_B.weight", ".lora_A.rms", ".lora_B.rms"
 
 
 def read(folder: str) -> dict[str, Tensor]:
@@ -37,22 +38,28 @@ def read(folder: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def begin(model: PreTrainedModel, sites: Sequence[Site], start: Mapping[str, Tensor]) -> list[Tensor | None]:
+def begin(
+    model: PreTrainedModel, sites: Sequence[Site], start: Mapping[str, Tensor]
+) -> list[tuple[Tensor, Tensor]] | None:
     """Put the learned rows in place of random ones into each A, as many as it has, and columns into its B.
 
     Returns:
-        For each site the factors of its B's rate, [out, 1], or None.
+        For each site the expected root mean square of the gradients of A, [rank, in], and B, [out, rank];
+        None unless they are known of all.
     """
     layers = {id(site): name.removeprefix(PEFT_PREFIX) for name, site in named(model, sites)}
-    factors: list[Tensor | None] = []
+    known: list[tuple[Tensor, Tensor]] = []
     for site in sites:
         layer = layers[id(site)]
-        rows, columns, rates = (start.get(layer + kind) for kind in (A, B, B_RATE))
-        if rows is not None and rows.shape[1] == site.a.shape[1]:
-            count = min(len(rows), len(site.a))
-            site.a[:count] = rows[:count].to(site.a)
-            if columns is not None and columns.shape == (len(site.b), len(rows)):
-                site.b[:, :count] = columns[:, :count].to(site.b) / site.scale
-        fits = rates is not None and len(rates) == len(site.b)
-        factors.append(rates.to(site.b)[:, None] if rates is not None and fits else None)
-    return factors
+        rows, columns, rms_a, rms_b = (start.get(layer + kind) for kind in (A, B, RMS_A, RMS_B))
+        if rows is None or rows.shape[1] != site.a.shape[1]:
+            continue
+        of_b, count = (len(site.b), len(rows)), min(len(rows), len(site.a))
+        site.a[:count] = rows[:count].to(site.a)
+        if columns is not None and columns.shape == of_b:
+            site.b[:, :count] = columns[:, :count].to(site.b) / site.scale
+        if rms_a is None or rms_b is None or count < len(site.a):
+            continue
+        if rms_a.shape == rows.shape and rms_b.shape == of_b:
+            known.append((rms_a[:count].to(site.a), rms_b[:, :count].to(site.b) * site.scale))
+    return known if sites and len(known) == len(sites) else None
