@@ -46,7 +46,7 @@ class Adapter:
         self.sites = injection.inject(model, self.config, seed, head=recipe.head)
         # Where nothing is learned, nothing is begun: base and adapter are one.
         begins = recipe.start == "learned" and recipe.learning_rate > 0
-        known = begin(model, self.sites, (start or {}) if begins else {})
+        known = begin(model, self.sites, (start or {}) if begins else {}, recipe.chunk)
         self._lay_flat(model.device)
         self.squares = (
             None if known is None else (_squares(a for a, _ in known), _squares(b for _, b in known))
