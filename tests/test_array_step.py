@@ -115,7 +115,7 @@ def test_it_is_taken_for_fp32_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_numpys_threads_must_be_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(array_step.kernels, "pays", lambda: True)
+    monkeypatch.setattr(array_step.kernels, "is_wide", lambda: True)
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
     for threads, pays in (("1", True), ("4", True), ("64", False)):
         monkeypatch.setenv("OMP_NUM_THREADS", threads)

@@ -117,6 +117,27 @@ def test_what_adam_divides_by_is_known_from_the_start(folder: Path) -> None:
     assert largest == pytest.approx([max(largest)] * len(largest), rel=0.05), "more rows than are known"
 
 
+def test_what_this_text_says_loudly_is_divided_by_more_and_nothing_by_less(folder: Path) -> None:
+    """However long the text: what is quieter in it than in others keeps the rate that those gave it."""
+
+    def divided_by(rms: float) -> torch.Tensor:
+        """The squares for B after a few chunks, where all are known to be alike."""
+        session = templora.load(str(folder)).session(seed=1, rank=8, **SIZES)
+        start = dict[str, torch.Tensor]()
+        for name, site in named(session.base.model, session.adapter.sites):
+            layer = name.removeprefix(PEFT_PREFIX)
+            like_a, like_b = site.a.detach(), torch.full_like(site.b, rms)
+            start |= {layer + A: like_a, layer + RMS_A: torch.full_like(like_a, rms), layer + RMS_B: like_b}
+        save_file(start, folder / "start.safetensors")
+        session = templora.load(str(folder)).session(seed=1, rank=8, alpha=8, **SIZES)
+        session.read("The old captain looked at the sea. " * 4)
+        return session.learner.optimizer.state[session.adapter.b]["max_exp_avg_sq"]
+
+    known = (64 / SIZES["chunk"]) * 10.0**2  # the fewer tokens, the more noise
+    assert bool((divided_by(10.0) == known).all())
+    assert float((divided_by(1e-9) > 1e-18).float().mean()) > 0.9
+
+
 def test_a_session_is_not_continued_from_another_start(folder: Path, tmp_path: Path) -> None:
     place = tmp_path / "s"
     save_file({ROWS: torch.ones(4, 8)}, folder / "start.safetensors")

@@ -1,8 +1,8 @@
-"""One token through a Llama as numpy arrays: what `step` computes, up to rounding, in half the time.
+"""One token through a Llama as numpy arrays: what `step` computes, up to rounding, in less time.
 
-A token's products read each weight once, so they take as long as the memory does; torch's (MKL's) fall far
-short of that where MKL holds back, and numpy's own library does not. Its calls cost less, too. It runs what
-stands in the model's places now, as `step` does, and leaves to `step` what it cannot run.
+A token's products read each weight once, so they take as long as the memory does; torch's (MKL's) fall short
+of that, and with more than one thread far short, and numpy's own library does not. Its calls cost less, too.
+It runs what stands in the model's places now, as `step` does, and leaves to `step` what it cannot run.
 """
 
 import os
@@ -69,7 +69,7 @@ def step_of(model: PreTrainedModel) -> "ArrayStep | Step | None":
 def pays() -> bool:
     """Whether numpy is the faster one: decided by the machine and its threads, never by a clock."""
     asked = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
-    return kernels.pays() and (int(asked) if asked.isdigit() else os.cpu_count() or 1) <= MOST_THREADS
+    return kernels.is_wide() and (int(asked) if asked.isdigit() else os.cpu_count() or 1) <= MOST_THREADS
 
 
 def _layers(model: Any) -> Iterator[nn.Module]:

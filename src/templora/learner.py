@@ -17,8 +17,7 @@ from templora.layer_rates import LayerRates
 from templora.magnitude import Magnitudes
 from templora.recipe import Recipe
 
-# Steps after which Adam takes its mean squares for what they are: those that a base's start brings along.
-KNOWN = 1e6
+KNOWN = 1e6  # steps after which Adam takes its mean squares for what they are
 SHORTEST = 5  # a step of a thousandth is the shortest that is tried
 
 
@@ -57,11 +56,17 @@ class Learner:
             betas=(recipe.beta1, recipe.beta2),
             eps=recipe.eps,
             weight_decay=recipe.weight_decay,
+            # Squares that are known are the least to divide by: only what is louder in this text counts more.
+            amsgrad=adapter.squares is not None,
             fused=True,
         )
         for side, squares in zip((adapter.a, adapter.b), adapter.squares or (), strict=False):
-            step, mean = torch.tensor(KNOWN, device=side.device), torch.zeros_like(side)
-            self.optimizer.state[side] = {"step": step, "exp_avg": mean, "exp_avg_sq": squares.clone()}
+            self.optimizer.state[side] = {
+                "step": torch.tensor(KNOWN, device=side.device),
+                "exp_avg": torch.zeros_like(side),
+                "exp_avg_sq": torch.zeros_like(side),
+                "max_exp_avg_sq": squares.clone(),
+            }
         weights, rate = adapter.layers_b[0], recipe.magnitude_rate
         self.magnitudes = Magnitudes(len(weights), rate, adapter.flat.device) if rate else None
         self.layer_rates = LayerRates(weights, recipe.layer_rate) if recipe.layer_rate else None
