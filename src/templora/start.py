@@ -1,8 +1,8 @@
 """Where the adapters of a base begin, and how large their gradients are: a file beside its weights.
 
 For layers by name: `NAME.lora_A.weight`, rows of A, [rows, in]; `NAME.lora_B.weight`, columns of B as for
-a scale of 1, [out, rows]; `NAME.lora_A.rms` and `NAME.lora_B.rms`, of the same shapes, what Adam divides
-a gradient by before this text has said anything, for chunks of 64 tokens. B means nothing without A, and the
+a scale of 1, [out, rows]; `NAME.lora_A.rms` and `NAME.lora_B.rms`, of the same shapes, the least that Adam
+divides a gradient by, whatever this text says, for chunks of 64 tokens. B means nothing without A, and the
 last two count only where each layer has both. `recipes/pretrain/start.py` and `meta_start.py` make it.
 """
 
