@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from templora import injection
 from templora.errors import OutputError
+from templora.gated_mlp import GatedMlp, gated_mlps
 from templora.injection import Site, standing_in
 from templora.lora_linear import LoraLinear
 from templora.recipe import Recipe
@@ -52,6 +53,9 @@ class Adapter:
             None if known is None else (_squares(a for a, _ in known), _squares(b for _, b in known))
         )
         self._layers = [site.lora if recipe.dropout > 0 else _layer(site) for site in self.sites]
+        lean = any(isinstance(layer, LoraLinear) for layer in self._layers)
+        self._mlps = list(gated_mlps(model, self.sites)) if lean else []
+        self._lean = [GatedMlp(site.original) for site in self._mlps]
         self._merged: list[nn.Module] = []
         self._merged_version: int | None = None
         self._can_merge = self._merging_pays()
@@ -72,7 +76,7 @@ class Adapter:
         """The model computes with the adapter, differentiably. training: apply LoRA dropout."""
         for site in self.sites:
             site.train(training)
-        with standing_in(self.sites, self._layers):
+        with standing_in(self.sites, self._layers), standing_in(self._mlps, self._lean):
             yield
 
     @contextmanager
@@ -151,6 +155,7 @@ class Adapter:
     def discard(self) -> None:
         """Let go of all its tensors; the model keeps no trace of it."""
         self.sites, self._layers, self._merged, self._can_merge, self.squares = [], [], [], False, None
+        self._mlps, self._lean = [], []
         self.flat = self.gradient = torch.empty(0)
         self.a = self.b = nn.Parameter(self.flat)
 

@@ -2,13 +2,14 @@
 
 Same values and gradients as PEFT's layer without dropout, in fewer and larger steps: the scaled side path is
 added where the layer's own product stands, and nothing of the layer's width is kept for the backward pass
-but its input.
+but its input; and not even that where the input is a gate's product, which is made again.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 from templora.kernels import FEWEST, is_fast, product
 
@@ -26,38 +27,55 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, in] to […, out]."""
-        if is_fast() and x.numel() >= FEWEST * x.shape[-1] and x.dtype == self.a.dtype == torch.float32:
-            return _FastLoraLinear.apply(x, self.weight, self.bias, self.a, self.b, self.scale)  # pyright: ignore[reportReturnType]
-        return _LoraLinear.apply(x, self.weight, self.bias, self.a, self.b, self.scale)  # pyright: ignore[reportReturnType]
+        return self._run(x, None)
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The same of x = silu(gate) · up, each […, in]."""
+        return self._run(gate, up)
+
+    def _run(self, x: Tensor, up: Tensor | None) -> Tensor:
+        many = x.numel() >= FEWEST * x.shape[-1]
+        fast = is_fast() and many and x.dtype == self.a.dtype == torch.float32
+        way = _FastLoraLinear if fast else _LoraLinear
+        return way.apply(x, up, self.weight, self.bias, self.a, self.b, self.scale)  # pyright: ignore[reportReturnType]
 
 
 class _LoraLinear(torch.autograd.Function):
+    """x is what comes in, or with `up` the gate before its silu."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+        ctx: Any,
+        x: Tensor,
+        up: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = _rows(x, up)
         inner = rows @ a.T  # [rows, rank]
         y = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
         y.addmm_(inner, b.T, alpha=scale)
-        ctx.save_for_backward(rows, inner, weight, a, b)
+        ctx.save_for_backward(x, up, inner, weight, a, b)
         ctx.scale = scale
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        rows, inner, weight, a, b = ctx.saved_tensors
+        x, up, inner, weight, a, b = ctx.saved_tensors
         (slope,) = upstream
         rows_slope = slope.reshape(-1, slope.shape[-1])
         inner_slope = rows_slope @ b
         # beta 0: the first argument gives the shape alone.
-        a_slope = torch.addmm(a, inner_slope.T, rows, beta=0, alpha=ctx.scale)
+        a_slope = torch.addmm(a, inner_slope.T, _rows(x, up), beta=0, alpha=ctx.scale)
         b_slope = torch.addmm(b, rows_slope.T, inner, beta=0, alpha=ctx.scale)
-        x_slope = None
+        x_slope = up_slope = None
         if ctx.needs_input_grad[0]:
             x_slope = (rows_slope @ weight).addmm_(inner_slope, a, alpha=ctx.scale)
-            x_slope = x_slope.view(*slope.shape[:-1], -1)
-        return x_slope, None, None, a_slope, b_slope, None
+            x_slope, up_slope = _through_gate(x_slope.view(x.shape), x, up)
+        return x_slope, up_slope, None, None, a_slope, b_slope, None
 
 
 class _FastLoraLinear(torch.autograd.Function):
@@ -65,26 +83,45 @@ class _FastLoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+        ctx: Any,
+        x: Tensor,
+        up: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = _rows(x, up)
         inner = product(rows, a).mul_(scale)  # [rows, rank]
         y = product(inner, b, product(rows, weight))
         if bias is not None:
             y += bias
-        ctx.save_for_backward(rows, inner, weight, a, b)
+        ctx.save_for_backward(x, up, inner, weight, a, b)
         ctx.scale = scale
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        rows, inner, weight, a, b = ctx.saved_tensors
+        x, up, inner, weight, a, b = ctx.saved_tensors
         slope = upstream[0].reshape(-1, upstream[0].shape[-1])
         inner_slope = product(slope, b.T).mul_(ctx.scale)
-        a_slope = product(inner_slope.T, rows.T)
+        a_slope = product(inner_slope.T, _rows(x, up).T)
         b_slope = product(inner.T, slope.T).T
-        x_slope = None
+        x_slope = up_slope = None
         if ctx.needs_input_grad[0]:
             x_slope = product(inner_slope, a.T, product(slope, weight.T))
-            x_slope = x_slope.view(*upstream[0].shape[:-1], -1)
-        return x_slope, None, None, a_slope, b_slope, None
+            x_slope, up_slope = _through_gate(x_slope.view(x.shape), x, up)
+        return x_slope, up_slope, None, None, a_slope, b_slope, None
+
+
+def _rows(x: Tensor, up: Tensor | None) -> Tensor:
+    """What the layer's products are given, [rows, in]."""
+    return (x if up is None else silu(x) * up).reshape(-1, x.shape[-1])
+
+
+def _through_gate(slope: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The slopes of gate and up from that of their product, by the operations that torch takes."""
+    if up is None:
+        return slope, None
+    return torch.ops.aten.silu_backward(slope * up, gate), slope * silu(gate)

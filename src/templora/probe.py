@@ -42,6 +42,14 @@ def probe(model: PreTrainedModel) -> Probe:
         return Probe(model.base_model, _try(model, head, kind))
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether someone has put a hook on it, or a `forward` of its own: then it must be called as it is."""
+    own = module.__dict__
+    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]) or (
+        "forward" in own
+    )
+
+
 def _try(model: PreTrainedModel, head: nn.Module, kind: str) -> bool:
     ids = (
         torch.arange(1, TOKENS + 1, device=model.device).unsqueeze(0)

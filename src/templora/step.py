@@ -13,6 +13,7 @@ from torch.nn.functional import embedding, linear, scaled_dot_product_attention,
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from templora.cache import WindowCache, WindowLayer
+from templora.probe import is_watched
 
 MOVING = ("dynamic", "longrope")  # rotations that depend on the length of the text
 
@@ -56,7 +57,7 @@ def step_of(model: PreTrainedModel) -> Step | None:
     known = type(model) is LlamaForCausalLM and config.hidden_act == "silu"
     if not known or getattr(config, "_attn_implementation", "") != "sdpa" or model.device.type != "cpu":
         return None
-    if (config.rope_parameters or {}).get("rope_type") in MOVING or any(map(_is_watched, model.modules())):
+    if (config.rope_parameters or {}).get("rope_type") in MOVING or any(map(is_watched, model.modules())):
         return None
     step, ids = Step(model), torch.tensor([[1, 2, 0]]) % config.vocab_size
     ours, theirs = WindowCache(4), WindowCache(4)
@@ -64,12 +65,6 @@ def step_of(model: PreTrainedModel) -> Step | None:
         model(ids[:, :2], past_key_values=cache, use_cache=True)
     logits = model(ids[:, 2:], past_key_values=theirs, use_cache=True).logits[0, 0]
     return step if torch.equal(step(int(ids[0, 2]), 2, ours), logits) else None
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether someone has put a hook on it, or a `forward` of its own."""
-    own = module.__dict__
-    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"]) or "forward" in own
 
 
 def _attention(attention: Any, x: Tensor, cos: Tensor, sin: Tensor, layer: WindowLayer) -> Tensor:

@@ -1,0 +1,59 @@
+"""The MLP of most families, down(silu(gate(x)) · up(x)), with half of what it keeps for the backward pass.
+
+Of its four matrices as wide as the MLP, silu's result and the product are made again on the way back: they
+cost nothing beside the layers' products. Same values and gradients, to the bit.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from templora.injection import Site
+from templora.lora_linear import LoraLinear
+from templora.probe import is_watched
+
+DOWN = "down_proj"
+LAYERS = ("gate_proj", "up_proj", DOWN)
+
+
+class GatedMlp(nn.Module):
+    """Stands in for such an MLP; runs what stands in its layers' places now."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self._modules = mlp._modules  # its layers are found here too
+        self._original: tuple[Any] = (mlp,)  # in a tuple, which nn.Module does not look into
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, width], both ways."""
+        (original,) = self._original
+        down: Any = original.down_proj
+        if not isinstance(down, LoraLinear) or is_watched(original) or is_watched(original.act_fn):
+            return original(x)
+        return down.gated(original.gate_proj(x), original.up_proj(x))
+
+
+def gated_mlps(model: nn.Module, sites: Sequence[Site]) -> Iterator[Site]:
+    """The places of the model's MLPs of this kind whose last layer is one of the sites."""
+    adapted = {id(site.parent) for site in sites if site.name == DOWN}
+    for parent in model.modules():
+        for name, module in parent.named_children():
+            if id(module) in adapted and _is_gated(module):
+                yield Site(parent, name, module, None)
+
+
+@torch.no_grad()
+def _is_gated(mlp: nn.Module) -> bool:
+    """By what it computes: a class of that shape may do more, or less."""
+    layers = dict(mlp.named_children())
+    if layers.keys() != {*LAYERS, "act_fn"} or mlp.training:
+        return False
+    gate, up, down = (layers[name] for name in LAYERS)
+    if not isinstance(gate, nn.Linear):
+        return False
+    weight = gate.weight
+    x = torch.linspace(-4, 4, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(2, -1)
+    return torch.equal(mlp(x), down(silu(gate(x)) * up(x)))
