@@ -189,6 +189,25 @@ def test_the_merged_copy_computes_what_the_side_path_does_and_leaves_when_it_sho
     assert torch.allclose(side, merged, atol=1e-4)
 
 
+def test_what_is_merged_for_one_pass_gives_the_same_bits_and_is_not_kept() -> None:
+    base = tiny_base()
+    session = base.session(seed=4, window=32, chunk=16, context=32, learning_rate=1e-2, cache="recompute")
+    session.read(PROSE[:200])
+    adapter, ids = session.adapter, torch.arange(30).unsqueeze(0)
+    assert adapter.version > 5
+    assert adapter._merged is None, "reading alone needs no copy"
+    with torch.no_grad(), adapter.decoding(once=True):
+        once = base.model(ids).logits
+    with torch.no_grad(), adapter.decoding():
+        assert torch.equal(base.model(ids).logits, once)
+    session.read(PROSE[200:300])
+    with torch.no_grad(), adapter.decoding(once=True):
+        newer = base.model(ids).logits
+    assert not torch.equal(newer, once)
+    with torch.no_grad(), adapter.attached():
+        assert torch.allclose(base.model(ids).logits, newer, atol=1e-4)
+
+
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, MemoryError])
 def test_a_learning_step_that_fails_leaves_everything_as_it_was(failure: type[BaseException]) -> None:
     base = tiny_base()

@@ -5,7 +5,6 @@ originals only inside `attached()` or `decoding()`. All weights live in one flat
 snapshot, a norm or an optimiser step is one operation.
 """
 
-import copy
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,19 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from templora import injection
 from templora.errors import OutputError
 from templora.gated_mlp import GatedMlp, gated_mlps
 from templora.injection import Site, standing_in
 from templora.lora_linear import LoraLinear
+from templora.merging import Fleeting, MergedCopy, can_merge
 from templora.recipe import Recipe
 from templora.start import begin
 
 WEIGHTS = "adapter_model.safetensors"
-# A merged copy costs the memory of its layers once more; past this the side path is kept.
-LARGEST_MERGED = 1 << 30  # bytes
 
 
 class Adapter:
@@ -56,9 +53,9 @@ class Adapter:
         lean = any(isinstance(layer, LoraLinear) for layer in self._layers)
         self._mlps = list(gated_mlps(model, self.sites)) if lean else []
         self._lean = [GatedMlp(site.original) for site in self._mlps]
-        self._merged: list[nn.Module] = []
-        self._merged_version: int | None = None
-        self._can_merge = self._merging_pays()
+        self._can_merge = can_merge(self.sites)
+        self._merged: MergedCopy | None = None
+        self._fleeting = [Fleeting(site) for site in self.sites] if self._can_merge else []
 
     @property
     def parameters(self) -> int:
@@ -80,16 +77,25 @@ class Adapter:
             yield
 
     @contextmanager
-    def decoding(self) -> Generator[None]:
+    def decoding(self, *, once: bool = False) -> Generator[None]:
         """The model computes with the adapter, without gradients, the fastest way that is exact.
 
-        For an fp32 base this is a separate merged copy W + s·B·A; the base's tensors are not touched.
+        For an fp32 base this is a merged copy; the base's tensors are not touched.
+
+        Args:
+            once: for one pass over many tokens, with none to follow: where there is no copy yet, each layer
+                is merged on its own when it runs, which computes the same and takes no memory.
         """
         if not self._can_merge:
             with self.attached():
                 yield
             return
-        with standing_in(self.sites, self._merge()):
+        if once and self._merged is None:
+            layers = self._fleeting
+        else:
+            self._merged = self._merged or MergedCopy(self.sites)
+            layers = self._merged.of(self.version)
+        with standing_in(self.sites, layers):
             yield
 
     @contextmanager
@@ -105,12 +111,11 @@ class Adapter:
     def restore(self, snapshot: Tensor, version: int) -> None:
         """Put weights and version back, bit for bit."""
         self.flat.copy_(snapshot)
-        self.version, self._merged_version = version, None
+        self._is_at(version)
 
     def updated(self) -> None:
         """Note that the weights have changed: a new version."""
-        self.version += 1
-        self._merged_version = None
+        self._is_at(self.version + 1)
 
     @torch.no_grad()
     def shrink(self, factor: float) -> None:
@@ -150,14 +155,20 @@ class Adapter:
         for name, site in injection.named(self._model, self.sites):
             site.a.copy_(stored[f"{name}.lora_A.weight"])
             site.b.copy_(stored[f"{name}.lora_B.weight"])
-        self.version, self._merged_version = version, None
+        self._is_at(version)
 
     def discard(self) -> None:
         """Let go of all its tensors; the model keeps no trace of it."""
-        self.sites, self._layers, self._merged, self._can_merge, self.squares = [], [], [], False, None
-        self._mlps, self._lean = [], []
+        self.sites, self._layers, self._mlps, self._lean, self._fleeting = [], [], [], [], []
+        self._merged, self._can_merge, self.squares = None, False, None
         self.flat = self.gradient = torch.empty(0)
         self.a = self.b = nn.Parameter(self.flat)
+
+    def _is_at(self, version: int) -> None:
+        """The weights have changed, and are that version now."""
+        self.version = version
+        if self._merged is not None:
+            self._merged.is_stale()
 
     def _lay_flat(self, device: torch.device) -> None:
         """Move all weights and gradients into two flat tensors, every A before every B."""
@@ -186,28 +197,6 @@ class Adapter:
     def _weights(self) -> list[nn.Parameter]:
         return [site.a for site in self.sites] + [site.b for site in self.sites]
 
-    def _merging_pays(self) -> bool:
-        weights = [getattr(site.original, "weight", None) for site in self.sites]
-        exact = all(
-            type(site.original) in (nn.Linear, Conv1D)
-            and weight is not None
-            and weight.dtype == torch.float32
-            for site, weight in zip(self.sites, weights, strict=True)
-        )
-        return exact and sum(w.numel() * 4 for w in weights if w is not None) <= LARGEST_MERGED
-
-    @torch.no_grad()
-    def _merge(self) -> list[nn.Module]:
-        """The merged copy of each layer, brought up to this version."""
-        self._merged = self._merged or [_twin(site.original) for site in self.sites]
-        if self._merged_version == self.version:
-            return self._merged
-        for site, merged in zip(self.sites, self._merged, strict=True):
-            left, right = (site.a.T, site.b.T) if isinstance(site.original, Conv1D) else (site.b, site.a)
-            torch.addmm(site.original.weight, left, right, alpha=site.scale, out=merged.weight)  # pyright: ignore[reportCallIssue, reportArgumentType]
-        self._merged_version = self.version
-        return self._merged
-
 
 def _squares(roots: Iterable[Tensor]) -> Tensor:
     """Of matrices of any shapes, in one flat tensor."""
@@ -220,12 +209,3 @@ def _layer(site: Site) -> nn.Module:
     if type(layer) is nn.Linear and layer.weight.dtype == torch.float32:
         return LoraLinear(layer, site.a, site.b, site.scale)
     return site.lora
-
-
-def _twin(layer: nn.Module) -> nn.Module:
-    """The same layer with a weight of its own; everything else is shared."""
-    twin = copy.copy(layer)
-    own = dict(layer._parameters)  # pyright: ignore[reportPrivateUsage]
-    own["weight"] = nn.Parameter(torch.empty_like(layer.weight), requires_grad=False)  # pyright: ignore[reportArgumentType]
-    twin._parameters = own  # pyright: ignore[reportPrivateUsage]
-    return twin

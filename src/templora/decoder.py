@@ -64,7 +64,7 @@ class Decoder:
         self._enter(ids, span)
         stop = span.start - 1
         if self.cache.stop < stop:
-            self._run(ids, stop, self.adapter)
+            self._run(ids, stop, self.adapter, once=self.cache.stop < stop - 1)
         first = max(self.cache.first, span.start - context)
         return self.cache.prefix(min(first, stop), stop), stop - self.cache.origin
 
@@ -90,9 +90,9 @@ class Decoder:
                 self._run(ids, span.start - 1, None)
         self.chunk = span.chunk
 
-    def _run(self, ids: Sequence[int], stop: int, adapter: Adapter | None) -> Tensor:
+    def _run(self, ids: Sequence[int], stop: int, adapter: Adapter | None, *, once: bool = False) -> Tensor:
         cache = self.cache
-        with adapter.decoding() if adapter else nullcontext():
+        with adapter.decoding(once=once) if adapter else nullcontext():
             logits = self.base.last_logits(ids[cache.stop : stop], cache.stop - cache.origin, cache)
         cache.version = adapter.version if adapter else 0
         return logits
