@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--books", type=int, default=36, help="spread over all that there are")
     parser.add_argument("--chunks", type=int, default=128, help="of each book")
     parser.add_argument("--rows", type=int, default=64, help="rows of A: the largest rank that will use them")
-    parser.add_argument("--first-block", type=float, default=0.33, help="as of the recipe; the head always")
+    parser.add_argument("--first-block", type=float, default=0.17, help="as of the recipe; the head always")
     parser.add_argument("--out", type=Path, help="by default MODEL/start.safetensors")
     args = parser.parse_args()
     model = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()

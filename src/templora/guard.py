@@ -10,8 +10,9 @@ Four ways to go wrong, four rules:
 3. The model's own text is learned only while the adapter stays close to the base; past that the adapter is
    pulled back. Own tokens are drawn from the adapter, so base NLL minus adapted NLL on them estimates
    KL(adapter || base).
-4. An adapter that does worse than the base on text it had not learned goes back to its last good version, or
-   to the base where that is better by now.
+4. An adapter that does worse than the base on text it had not learned goes back to its last good version. A
+   few strange sentences are enough for that, and no reason to forget a book: it goes back to the base only
+   where that version is clearly worse by now, or does no better either.
 """
 
 from collections import deque
@@ -32,6 +33,7 @@ OWN_LOOK_BACK, OWN_LEAST_DISTINCT = 1024, 0.8
 LOOP_SHRINK = 0.5  # what is left of the adapter after a chunk of its own that repeats itself
 OWN_DRIFT = 0.2  # nats per token that own text may move the adapter from the base
 LARGEST_LOSS = 30.0  # nats, added up over chunks, that the adapter may lose against the base
+CLEARLY = 0.1  # nats per token of a chunk: what the last good version loses there if it is given up at once
 RECOVERY = 1.05  # a learning rate that was lowered comes back by this factor at each chunk that gains
 SHADOW_EVERY = 8  # chunks between two looks at the base where nobody else asks for its score
 CHECK_FIRST, CHECK_EVERY = 8, 16  # updates that are checked: the first ones, then every so many
@@ -56,6 +58,7 @@ class Guard:
     base and not made good since (a CUSUM: it never falls below 0). skipped: tokens left out as noise in a
     row. own: the last tokens of chunks that the model wrote. allowed: how far from the base own text may
     move the adapter; what given text has taught it widens this. rate: what learning rates are multiplied by.
+    went_back: and has not been good since.
     """
 
     usual: deque[float] = field(default_factory=lambda: deque[float](maxlen=HISTORY))
@@ -64,6 +67,7 @@ class Guard:
     own: deque[int] = field(default_factory=lambda: deque[int](maxlen=OWN_LOOK_BACK))
     allowed: float = OWN_DRIFT
     rate: float = 1.0
+    went_back: bool = False
 
     def wants_base(self, chunk: int, written: int) -> bool:
         """Whether the base's score of this chunk is needed to judge it."""
@@ -113,6 +117,12 @@ class Guard:
             self.rate = min(1.0, self.rate * RECOVERY)
         return False
 
+    def must_give_up(self, good: float, base: float, tokens: int) -> bool:
+        """Having gone back: whether even that version is none for this text, by a chunk's NLL under both."""
+        hopeless = self.went_back or not good <= base + CLEARLY * tokens
+        self.went_back = not hopeless
+        return hopeless
+
     @property
     def is_good(self) -> bool:
         """Whether the adapter is worth keeping as the version to go back to."""
@@ -131,6 +141,7 @@ class Guard:
             "own": list(self.own),
             "allowed": self.allowed,
             "rate": self.rate,
+            "went_back": self.went_back,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -139,6 +150,7 @@ class Guard:
         self.own = deque(state.get("own", ()), maxlen=OWN_LOOK_BACK)  # sessions of old do not have it
         self.lost, self.skipped = state["lost"], state["skipped"]
         self.allowed, self.rate = state["allowed"], state["rate"]
+        self.went_back = state.get("went_back", False)
 
     def _is_noise(self, adapted: float) -> bool:
         if not adapted < float("inf"):

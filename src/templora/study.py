@@ -188,18 +188,20 @@ class Study:
     ) -> RolledBack | None:
         """Restore the last good version if the adapter does harm; remember this one if it does well.
 
-        Where even that one is no better than the base, the text has become another one: back to the base.
+        Where even that one is of no use, the text has become another one: back to the base.
         """
         if base is None or self.adapter.version == 0:
             return None
         if self.guard.must_go_back(adapted, base):
             self.learner.restart()
             self.adapter.restore(self._good.weights, self._good.version)
-            if self.passes.again(ids[span.visible : span.stop], span.tokens) >= base:
+            good = self.passes.again(ids[span.visible : span.stop], span.tokens)
+            if self.guard.must_give_up(good, base, span.tokens):
                 self.adapter.shrink(0.0)
                 self._good = _Good(self.adapter.snapshot(), self.adapter.version)
             self._last = None
             return RolledBack(span.chunk, self.adapter.version, self.guard.rate)
         if self.guard.is_good and self.adapter.version != self._good.version:
+            self.guard.went_back = False
             self._good = _Good(self.adapter.snapshot(), self.adapter.version)
         return None
