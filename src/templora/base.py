@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from templora import array_step, kernels, loading, shared_mask, start
+from templora import array_step, kernels, lean_attention, loading, start
 from templora.cache import WindowCache
 from templora.cross_entropy import linear_nll, logits_nll
 from templora.errors import InvalidRecipe
@@ -197,8 +197,8 @@ class Base:
             NLL of each label in nats, fp32, [labels].
         """
         target = torch.tensor(labels, device=self.device)
-        rows, device = len(ids), self.device
-        with shared_mask.shared(rows, device=device), kernels.fast(rows, device=device):
+        rows = len(ids)
+        with lean_attention.lean(rows, self.model), kernels.fast(rows, device=self.device):
             if self._probe.plain_head:
                 hidden = self._hidden(ids, position, cache)[-len(labels) :]
                 return linear_nll(hidden, self.head, target)
