@@ -16,9 +16,9 @@ from templora.base import Base
 from templora.bench import pg19, sweep, tables
 from templora.cli import app
 from templora.errors import InvalidRecipe
-from templora.events import ChunkLearned, ChunkScored, Token
+from templora.events import ChunkLearned, ChunkScored, RolledBack, Token
 from templora.session import Session
-from templora.tasks.score import score, scoring
+from templora.tasks.score import Scores, score, scoring
 from templora.testing import ByteTokenizer, tiny_llama
 
 TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text("utf-8")[:700]
@@ -97,6 +97,19 @@ def test_the_command_writes_results_resumes_and_survives_a_bad_file(folder: Path
     assert code == 0
     assert str(good) not in errors, "a finished document was done again"
     assert [e["document"] for e in json.loads(out.read_text("utf-8"))] == [str(good), str(other)]
+
+
+def test_what_the_guard_did_is_told(base: Base) -> None:
+    scores = score(base, TEXT[:320] + "so " * 100, seed=1, window=64, context=64, chunk=32)
+    told = [c["guard"] for c in scores.chunks if "guard" in c]
+    assert scores.guarded == {"repetition": len(told)}
+    assert len(told) >= 2
+    assert all(c["start"] >= 320 for c in scores.chunks if "guard" in c)
+    again = Scores()
+    again.restore(scores.chunks)
+    assert again.guarded == scores.guarded
+    scores.take(RolledBack(chunk=9, version=3, rate=0.5))
+    assert scores.guarded["rolled_back"] == 1
 
 
 def chunk(start: int, base: float, adapted: float) -> dict[str, float]:

@@ -24,6 +24,7 @@ def result(document: str, scores: Scores, session: Session, seconds: float) -> d
         "chunks": scores.chunks,
         "seconds": seconds,
         "learn_seconds": scores.learn_seconds,
+        "guard": scores.guarded,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "config": {
             "model": session.base.name,

@@ -15,6 +15,7 @@ from templora.commands.inputs import load_base, load_recipe, text_of
 from templora.commands.options import Context, Device, Dtype, Model, Pairs, RecipeName, Window
 from templora.commands.running import INTERRUPTED, interruptible, one_line_errors, say
 from templora.errors import OutputError, TemploraError
+from templora.events import ChunkScored
 
 if TYPE_CHECKING:
     from templora.base import Base
@@ -106,6 +107,9 @@ class Job:
                 for event in scoring(session, ids, score_base=self.score_base):
                     scores.take(event)
                     status.show(scores.base, scores.adapted)
+                    # What became of a chunk follows its score; the session is past both already.
+                    if isinstance(event, ChunkScored) and session.recipe.learning_rate > 0:
+                        continue
                     if interrupted or checkpoint.is_due:
                         checkpoint.store(name, session, scores, perf_counter() - started)
                     if interrupted:

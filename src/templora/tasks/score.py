@@ -3,12 +3,13 @@
 A task knows sessions and events; files, plots and tables are for others.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from templora.base import Base
-from templora.events import ChunkLearned, ChunkScored, Event
+from templora.events import ChunkLearned, ChunkScored, ChunkSkipped, Event, RolledBack
 from templora.metrics import Tally, perplexity
 from templora.session import Session
 
@@ -18,7 +19,8 @@ class Scores:
     """What scoring a text came to; filled by events.
 
     chunks: start and tokens as in the text, base_nll and adapted_nll in nats summed over the chunk (None
-    where the base was not asked), learn_seconds.
+    where the base was not asked), learn_seconds, and where the guard stepped in what it did: `guard` is the
+    reason why a chunk was not learned, or "rolled_back".
     """
 
     base: Tally = field(default_factory=Tally)
@@ -49,6 +51,10 @@ class Scores:
             )
         elif isinstance(event, ChunkLearned):
             self.chunks[-1]["learn_seconds"] = event.seconds
+        elif isinstance(event, ChunkSkipped):
+            self.chunks[-1]["guard"] = event.reason
+        elif isinstance(event, RolledBack):
+            self.chunks[-1]["guard"] = event.kind
 
     def restore(self, chunks: list[dict[str, Any]]) -> None:
         """Take over the chunks of a run that was stopped."""
@@ -62,6 +68,11 @@ class Scores:
     def learn_seconds(self) -> float:
         """Seconds spent on updates alone."""
         return sum(chunk["learn_seconds"] for chunk in self.chunks)
+
+    @property
+    def guarded(self) -> dict[str, int]:
+        """How many chunks the guard did what to."""
+        return dict(Counter(chunk["guard"] for chunk in self.chunks if "guard" in chunk))
 
     @property
     def change(self) -> float | None:
