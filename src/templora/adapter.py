@@ -168,7 +168,7 @@ class Adapter:
         """The weights have changed, and are that version now."""
         self.version = version
         if self._merged is not None:
-            self._merged.is_stale()
+            self._merged.expire()
 
     def _lay_flat(self, device: torch.device) -> None:
         """Move all weights and gradients into two flat tensors, every A before every B."""

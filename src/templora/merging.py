@@ -44,8 +44,8 @@ class MergedCopy:
             self._version = version
         return self._layers
 
-    def is_stale(self) -> None:
-        """The adapter's weights were put back: its version says nothing of them."""
+    def expire(self) -> None:
+        """The weights were changed, perhaps without a new version: make it again when it is needed."""
         self._version = -1
 
 
