@@ -4,9 +4,6 @@ Window = context, two epochs. Our step counts the pass over the context that mak
 pass that scores the chunk, which is its first epoch; the plain loop's scoring pass is not counted. The chunks
 that only fill the context are skipped on both sides, so that every step sees all of it. The first chunk's NLL
 must be the same on both sides; after a step they part, for ours takes no gradient through the context.
-
-Our process tells glibc to give large blocks back, as the command line does and a user's own loop does not;
-how memory compares when the plain loop's process does so too stands beside it (one run).
 """
 
 import tempfile
@@ -38,7 +35,6 @@ from benchmarks.measure import (
 from benchmarks.needs import Needs, recipe
 from benchmarks.plain import PlainLoop
 from benchmarks.roofline import highest, limits, of_shape, share
-from templora import heap
 from templora.base import Base
 from templora.events import ChunkLearned, ChunkScored
 
@@ -90,18 +86,13 @@ def plain_steps(loop: PlainLoop, ids: list[int], window: int, chunk: int) -> dic
 
 
 def ours(shape: str, window: int, chunk: int) -> dict[str, Any]:
-    """`our_steps` and peak memory in MB, of a process that begins as the command line does."""
-    heap.give_back_large_blocks()
+    """`our_steps` and peak memory in MB."""
     steps = our_steps(shapes.base(shape), ids_of(shape, window, chunk), window, chunk)
     return steps | {"peak_mb": peak_mb()}
 
 
-def plain(
-    shape: str, window: int, chunk: int, start: dict[str, torch.Tensor], as_ours: bool = False
-) -> dict[str, Any]:
-    """`plain_steps` and peak memory in MB. as_ours: of a process that gives large blocks back, as ours."""
-    if as_ours:
-        heap.give_back_large_blocks()
+def plain(shape: str, window: int, chunk: int, start: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """`plain_steps` and peak memory in MB."""
     loop = PlainLoop(shapes.build(shape), start)
     return plain_steps(loop, ids_of(shape, window, chunk), window, chunk) | {"peak_mb": peak_mb()}
 
@@ -110,11 +101,6 @@ def loaded(shape: str) -> float:
     """Peak memory in MB of a process that only loads the model."""
     shapes.build(shape)
     return peak_mb()
-
-
-def over(peak: float, empty: float) -> float:
-    """MB above what the loaded model takes; at toy size that may be nothing."""
-    return max(1.0, peak - empty)
 
 
 def start_of(shape: str) -> dict[str, torch.Tensor]:
@@ -140,8 +126,6 @@ def measure(shape: str, window: int, chunk: int, rounds: int) -> dict[str, Any]:
     seconds = {side: [median(run["seconds"]) for run in made] for side, made in runs.items()}
     peaks = {side: [run["peak_mb"] for run in made] for side, made in runs.items()}
     empty = in_child(loaded, shape)
-    above = {side: [over(peak, empty) for peak in made] for side, made in peaks.items()}
-    same_heap = over(in_child(plain, shape, window, chunk, start, True)["peak_mb"], empty)
     needs = Needs(
         shapes.build(shape).config, recipe("paper", window=window, context=window, chunk=chunk, **OURS)
     )
@@ -157,8 +141,9 @@ def measure(shape: str, window: int, chunk: int, rounds: int) -> dict[str, Any]:
         "loaded_mb": empty,
         "faster": ratio(seconds["plain"], seconds["ours"]),
         "memory": ratio(peaks["ours"], peaks["plain"]),
-        "memory_above_model": ratio(above["ours"], above["plain"]),
-        "memory_above_model_same_heap": Spread.of([own / same_heap for own in above["ours"]]),
+        "memory_above_model": ratio(
+            [peak - empty for peak in peaks["ours"]], [peak - empty for peak in peaks["plain"]]
+        ),
         "rates": highest(rates),
         "limit_seconds": limit,
         "share_of_limit": {side: share(limit, made) for side, made in seconds.items()},
@@ -181,7 +166,6 @@ def main() -> None:
         "faster": lambda r: f"**{r['faster'].text(' ×')}**",
         "peak memory": lambda r: r["memory"].text(" ×"),
         "above the model's": lambda r: r["memory_above_model"].text(" ×"),
-        "the same, both give blocks back": lambda r: r["memory_above_model_same_heap"].text(" ×"),
         "NLL apart": lambda r: f"{r['nll_apart']:.0e}",
         "after a step": lambda r: f"{max(r['nll_apart_after_steps']):.0e}",
         "share of the limit: plain, ours": lambda r: shares(r, "plain", "ours"),

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from templora import __version__, heap
+from templora import __version__
 from templora.commands import bench, read, score, sessions, translate, write
 
 app = typer.Typer(
@@ -33,5 +33,4 @@ def options(
 
 def main() -> None:
     """The `templora` command."""
-    heap.give_back_large_blocks()
     app(prog_name="templora")
