@@ -27,8 +27,8 @@ def base() -> Base:
 def begun(folder: Path, **changes: object) -> torch.Tensor:
     """A of that layer in a new session, [rank, in]."""
     session = templora.load(str(folder)).session(seed=1, rank=8, alpha=8, **SIZES, **changes)
-    (a,) = (site.a for site in session.adapter.sites if site.name == "down_proj")
-    return a.detach().clone()
+    *_, last = (site.a for site in session.adapter.sites if site.name == "down_proj")
+    return last.detach().clone()
 
 
 def test_a_recipe_that_wants_it_begins_there_and_others_do_not(folder: Path) -> None:
