@@ -90,7 +90,9 @@ def seen(session: Session, chunk: int) -> tuple[list[int], int]:
 @every
 def test_it_learns(architecture: Architecture) -> None:
     base = base_of(architecture)
-    session = base.session(seed=1, **SIZES, epochs=3, learning_rate=2e-3, b_rate=1.0, guard=False)
+    session = base.session(
+        seed=1, **SIZES, epochs=3, learning_rate=2e-3, b_rate=1.0, guard=False, first_block=0.5
+    )
     fresh = session.adapter.snapshot()
     session.extend(base.encode(PROSE), PROSE)
     scored: dict[int, float] = {}

@@ -82,20 +82,21 @@ def test_only_an_mlp_that_computes_just_that() -> None:
     assert not list(gated_mlps(gelu, base.session(window=64, context=64, chunk=16).adapter.sites))
 
 
-@pytest.mark.parametrize("place", ["mlp", "mlp.act_fn", "mlp.gate_proj"])
+@pytest.mark.parametrize("place", ["mlp", "mlp.act_fn", "mlp.gate_proj", "mlp.down_proj"])
 def test_a_hook_sees_what_it_always_saw(place: str) -> None:
     base, adapter = adapted()
     nll, gradient, _ = learned(base, adapter)
     seen = list[tuple[int, ...]]()
     block: Any = base.model.model.layers[0]  # pyright: ignore[reportAttributeAccessIssue]
     watched = block.get_submodule(place)
-    if place == "mlp.gate_proj":
+    if place.endswith("_proj"):
         with adapter.attached():  # the adapter's layer stands there in a pass
             watched = block.get_submodule(place)
     handle = watched.register_forward_hook(lambda _m, _i, output: seen.append(tuple(output.shape)))
     again = learned(base, adapter)
     handle.remove()
-    width = base.model.config.hidden_size if place == "mlp" else base.model.config.intermediate_size
+    inner = place in ("mlp.act_fn", "mlp.gate_proj")
+    width = base.model.config.intermediate_size if inner else base.model.config.hidden_size
     assert seen == [(1, TOKENS, width)]
     assert torch.equal(again[0], nll) and torch.equal(again[1], gradient)
 

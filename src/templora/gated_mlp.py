@@ -31,7 +31,8 @@ class GatedMlp(nn.Module):
         """[…, width], both ways."""
         (original,) = self._original
         down: Any = original.down_proj
-        if not isinstance(down, LoraLinear) or is_watched(original) or is_watched(original.act_fn):
+        watched = any(map(is_watched, (original, original.act_fn, down)))
+        if not isinstance(down, LoraLinear) or watched:
             return original(x)
         return down.gated(original.gate_proj(x), original.up_proj(x))
 

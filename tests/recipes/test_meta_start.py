@@ -90,7 +90,7 @@ def test_the_script_goes_on_from_a_start_and_writes_what_a_base_loads(tmp_path: 
     layers = {name.removesuffix(A) for name in shipped if name.endswith(A)}
     assert made.keys() == {layer + kind for layer in layers for kind in (A, B, RMS_A, RMS_B)}
     for name, value in made.items():
-        assert bool(value.isfinite().all()) and bool(value.any())
+        assert bool(value.isfinite().all()) and bool(value.any()), name
         assert float(value.min()) > 0 or name.endswith((A, B))
     shutil.copy(out, model / "start.safetensors")
     assert templora.load(str(model)).session(seed=0).adapter.squares is not None
