@@ -41,19 +41,11 @@ class LoraLinear(nn.Module):
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x is what comes in, or with `up` the gate before its silu."""
+    """x is what comes in, or with `up` the gate before its silu; layer: weight, bias, a, b and scale."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        up: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        scale: float,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, up: Tensor | None, *layer: Any) -> Tensor:
+        weight, bias, a, b, scale = layer
         rows = _rows(x, up)
         inner = rows @ a.T  # [rows, rank]
         y = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
@@ -82,16 +74,8 @@ class _FastLoraLinear(torch.autograd.Function):
     """The same with the products of `kernels`, for many rows in fp32."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        up: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        scale: float,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, up: Tensor | None, *layer: Any) -> Tensor:
+        weight, bias, a, b, scale = layer
         rows = _rows(x, up)
         inner = product(rows, a).mul_(scale)  # [rows, rank]
         y = product(inner, b, product(rows, weight))
