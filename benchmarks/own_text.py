@@ -1,11 +1,13 @@
 """What becomes of a long text that a model writes and learns by itself, with the guard and without it.
 
-Sides: the same base, prompt, seed and sampling; recipe `default` with the guard and without it, and the base
+Sides: the same base, prompt, seeds and sampling; recipe `default` with the guard and without it, and the base
 alone. By position: distinct 4-grams, entropy of the words used, and perplexity under the
 bare base; over the whole: the longest span that stands in it twice.
 """
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from math import log2
 from typing import Any
 
@@ -96,12 +98,17 @@ def longest_repeat(ids: list[int]) -> int:
 
 
 def plot(results: list[dict[str, Any]], tokens: int, path: Any) -> None:
-    """The figures by position, a panel each."""
+    """The figures by position, a panel each, a colour for each side, a line for each seed."""
     figure, panels = canvas(len(PICTURES))
+    places = [(part + 0.5) * tokens / PARTS for part in range(PARTS)]
     for axes, name in zip(panels, PICTURES, strict=True):
+        named = set[str]()
         for result in results:
-            places = [(part + 0.5) * tokens / PARTS for part in range(PARTS)]
-            axes.plot(places, [part[name] for part in result["parts"]], label=result["side"])
+            side = result["side"]
+            label = None if side in named else side
+            named.add(side)
+            colour = f"C{list(SIDES).index(side)}"
+            axes.plot(places, [part[name] for part in result["parts"]], color=colour, label=label)
         axes.set(xlabel="tokens written", title=name, ylim=(0, None))
     save_plot(figure, panels, path)
 
@@ -111,14 +118,19 @@ def main() -> None:
     arguments = parser(__doc__ or "", rounds=1)
     arguments.add_argument("--tokens", type=int, default=100_000)
     arguments.add_argument("--window", type=int, default=512)
-    arguments.add_argument("--seed", type=int, default=1)
+    arguments.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    arguments.add_argument("--processes", type=int, default=1, help="texts written at the same time")
     wishes = arguments.parse_args()
     tokens, window = (400, 64) if wishes.toy else (wishes.tokens, wishes.window)
-    results = [in_child(write, side, tokens, window, wishes.seed) for side in SIDES]
+    with ThreadPoolExecutor(wishes.processes) as pool:
+        jobs = [(side, tokens, window, seed) for side, seed in product(SIDES, wishes.seeds)]
+        results = list(pool.map(lambda job: in_child(write, *job), jobs))
     rows = [
         [
             r["side"],
+            f"{r['seed']}",
             f"{r['distinct-4']:.3f}",
+            f"{min(part['distinct-4'] for part in r['parts']):.3f}",
             f"{r['parts'][-1]['distinct-4']:.3f}",
             f"{r['longest repeated span']}",
             f"{r['parts'][0]['entropy, bits']:.2f} → {r['parts'][-1]['entropy, bits']:.2f}",
@@ -127,8 +139,9 @@ def main() -> None:
         ]
         for r in results
     ]
-    heads = ["", "distinct-4", "last part", "longest repeat", "entropy", "perplexity, bare base", "guard"]
-    about = f"{tokens:,} tokens written by `novelist`, window {window}, seed {wishes.seed}"
+    heads = ["", "seed", "distinct-4", "least part", "last part", "longest repeat", "entropy"]
+    heads += ["perplexity, bare base", "guard"]
+    about = f"{tokens:,} tokens written by `novelist`, window {window}; least, last: of its {PARTS} parts"
     page = f"{about}\n\n{table(heads, rows)}"
     save(wishes.out, "own_text", {"tokens": tokens, "window": window, "results": results}, page)
     plot(results, tokens, wishes.out / "own_text.png")

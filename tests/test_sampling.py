@@ -169,6 +169,8 @@ def test_at_temperature_0_only_the_penalty_and_the_ban_remain() -> None:
     every = Sampling(temperature=0, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=1.2)
     names = [type(p).__name__ for p in every.processors(banned=[1])]
     assert names == ["RepetitionPenaltyLogitsProcessor", "SuppressTokensLogitsProcessor"]
+    dry = Sampling(temperature=0, dry_multiplier=0.8).processors()
+    assert "DryLogitsProcessor" in [type(p).__name__ for p in dry]
 
 
 @pytest.mark.parametrize(
@@ -186,6 +188,11 @@ def test_at_temperature_0_only_the_penalty_and_the_ban_remain() -> None:
         ("repetition_penalty", 0.0),
         ("repetition_penalty", -1.0),
         ("repetition_penalty", float("inf")),
+        ("dry_multiplier", -0.5),
+        ("dry_multiplier", float("nan")),
+        ("dry_base", 0.9),
+        ("dry_base", float("inf")),
+        ("dry_allowed_length", 0),
     ],
 )
 def test_a_value_that_cannot_work_is_refused(name: str, value: Any) -> None:

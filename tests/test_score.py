@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import templora
 from templora.base import Base
-from templora.bench import pg19, sweep, tables
+from templora.bench import cost, pg19, sweep, tables
 from templora.cli import app
 from templora.errors import InvalidRecipe
 from templora.events import ChunkLearned, ChunkScored, RolledBack, Token
@@ -133,9 +133,9 @@ def test_bins_add_sums_and_divide_once() -> None:
     assert pg19.quarters(results) == "Too short for quarters."
 
 
-def test_windows_double_up_to_the_largest_that_leaves_room_for_a_chunk() -> None:
-    assert pg19.windows(2048, 64) == [128, 256, 512, 1024, 1984]
-    assert pg19.windows(128, 64) == [64]
+def test_windows_double_up_to_the_largest_that_leaves_room_to_go_on() -> None:
+    assert cost.windows(2048, 64) == [128, 256, 512, 1024, 1536]
+    assert cost.windows(128, 64) == [64]
 
 
 def test_a_sweep_runs_every_combination_and_puts_the_best_on_top(base: Base, tmp_path: Path) -> None:
@@ -162,14 +162,13 @@ def test_the_pg19_bench_writes_tables_results_and_a_plot(folder: Path, tmp_path:
     for name in ("a", "b"):
         (books / f"{name}.txt").write_text(TEXT, "utf-8")
     words = ["bench", "pg19", books, "--out", out, "--model", folder, "--window", "32", "--tokens", "400"]
-    code, errors = run(
-        *words, "--recipe", "paper", "--recipe", "default", "--chunk", "32", "--cost-tokens", "200"
-    )
+    words += ["--recipe", "paper", "--recipe", "default", "--chunk", "32"]
+    code, errors = run(*words, "--cost-tokens", "200", "--cost-written", "40", "--cost-rounds", "2")
     assert code == 0, errors
     page = (out / "tables.md").read_text("utf-8")
     assert "By position, the paper's bins" in page
     assert "s per 1,000 tokens" in page
-    assert (out / "by-position.png").stat().st_size > 10_000
+    assert all((out / name).stat().st_size > 10_000 for name in ("by-position.png", "cost.png"))
     assert len(json.loads((out / "paper.json").read_text("utf-8"))) == 2
 
 

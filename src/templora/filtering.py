@@ -21,6 +21,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from templora.dry import DryLogitsProcessor
+
 BLIND = {
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
@@ -28,7 +30,11 @@ BLIND = {
     TopPLogitsWarper,
     MinPLogitsWarper,
 }  # they do not look at the text
-KNOWN = {*BLIND, RepetitionPenaltyLogitsProcessor}  # they take what every processor takes and no more
+KNOWN = {
+    *BLIND,
+    RepetitionPenaltyLogitsProcessor,
+    DryLogitsProcessor,
+}  # they take what every processor takes and no more
 
 
 def filtered(processors: LogitsProcessorList, visible: Sequence[int], scores: Tensor) -> Tensor:

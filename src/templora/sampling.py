@@ -21,16 +21,17 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from templora.dry import DryLogitsProcessor
 from templora.errors import InvalidRecipe
 from templora.filtering import filtered
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is drawn; the names and meanings are transformers'.
+    """How the next token is drawn; the names and meanings are transformers', those of DRY llama.cpp's.
 
-    temperature 0 takes the likeliest token. None leaves a filter out. The repetition penalty looks at
-    the visible window and the chunk so far, as everything else does.
+    temperature 0 takes the likeliest token. None leaves a filter out. The repetition penalty and DRY look
+    at the visible window and the chunk so far, as everything else does.
     """
 
     temperature: float = 0.8
@@ -38,6 +39,9 @@ class Sampling:
     top_p: float | None = 0.95
     min_p: float | None = None
     repetition_penalty: float | None = 1.1
+    dry_multiplier: float | None = None
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
 
     def __post_init__(self) -> None:
         checks = {
@@ -49,6 +53,12 @@ class Sampling:
                 self.repetition_penalty is None or 0 < self.repetition_penalty < inf,
                 "above 0; 1 switches it off",
             ),
+            "dry_multiplier": (
+                self.dry_multiplier is None or 0 <= self.dry_multiplier < inf,
+                "0 or more; 0 switches it off",
+            ),
+            "dry_base": (1 <= self.dry_base < inf, "1 or more"),
+            "dry_allowed_length": (self.dry_allowed_length >= 1, "1 or more"),
         }
         for name, (holds, range_) in checks.items():
             if not holds:
@@ -70,6 +80,8 @@ class Sampling:
         made: list[Any] = []
         if self.repetition_penalty not in (None, 1.0):
             made.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
+        if self.dry_multiplier:
+            made.append(DryLogitsProcessor(self.dry_multiplier, self.dry_base, self.dry_allowed_length))
         if banned:
             made.append(SuppressTokensLogitsProcessor(list(banned), device=device))
         if self.temperature not in (0, 1.0):

@@ -1,36 +1,11 @@
-"""The paper's tables on a folder of books, and what a window costs with and without an adapter."""
+"""The paper's tables on a folder of books."""
 
-import resource
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from multiprocessing import get_context
+from collections.abc import Sequence
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
-from templora.base import load
-from templora.bench.tables import LENGTHS, PAPERS, STEPS, by_length, by_position, markdown, table
+from templora.bench.tables import LENGTHS, PAPERS, STEPS, by_length, by_position, markdown
 from templora.metrics import Tally
-from templora.tasks.score import Scores, scoring
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """One row of the cost table: one window, with or without an adapter. seconds: per 1,000 tokens."""
-
-    window: int
-    adapter: bool
-    perplexity: float
-    seconds: float
-    peak_mb: float
-
-
-def windows(positions: int, chunk: int) -> list[int]:
-    """128, 256, 512, … and the largest that leaves room for a chunk."""
-    largest = positions - chunk
-    doubling = [128 << power for power in range(20) if 128 << power < largest]
-    return [*doubling, largest]
 
 
 def tables(results: Sequence[dict[str, Any]]) -> str:
@@ -44,51 +19,6 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
             "### By length of the document\n\n" + markdown(by_length(results, LENGTHS), "length"),
         )
     )
-
-
-def cost(model: str, recipe: str, text: str, tokens: int, say: Callable[[str], None]) -> list[Cost]:
-    """Perplexity, seconds and peak memory for each window, each measured in a process of its own."""
-    base = load(model)
-    chunk = base.session(recipe).plan.chunk
-    sizes = windows(base.positions or 4096, chunk)
-    rows: list[Cost] = []
-    for window in sizes:
-        for adapter in (False, True):
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                row = pool.submit(_measure, model, recipe, text, tokens, window, adapter).result()
-            rows.append(row)
-            say(f"window {window}, {'adapter' if adapter else 'base'}: perplexity {row.perplexity:.2f}")
-    return rows
-
-
-def _measure(model: str, recipe: str, text: str, tokens: int, window: int, adapter: bool) -> Cost:
-    base = load(model)
-    ids = base.encode(text)[:tokens]
-    changes: dict[str, Any] = {} if adapter else {"learning_rate": 0.0, "chunk": max(64, window // 4)}
-    session = base.session(recipe, window=window, context=window, **changes)
-    scores, started = Scores(), perf_counter()
-    for event in scoring(session, ids, score_base=False):
-        scores.take(event)
-    seconds = perf_counter() - started
-    perplexity = scores.adapted.perplexity
-    assert perplexity is not None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return Cost(window, adapter, perplexity, seconds / scores.adapted.tokens * 1000, peak)
-
-
-def cost_table(rows: Iterable[Cost]) -> str:
-    """Markdown: what each window costs and gives, with and without the adapter."""
-    cells = [
-        [
-            str(r.window),
-            "adapter" if r.adapter else "base",
-            f"{r.perplexity:.2f}",
-            f"{r.seconds:.2f}",
-            f"{r.peak_mb:,.0f}",
-        ]
-        for r in rows
-    ]
-    return table(["window", "", "perplexity", "s per 1,000 tokens", "peak MB"], cells)
 
 
 def quarters(results: Sequence[dict[str, Any]]) -> str:

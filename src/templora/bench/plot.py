@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from templora.bench.cost import Cost
 from templora.bench.tables import by_position
 from templora.errors import OutputError
 
@@ -31,6 +32,25 @@ def plot_by_position(
             axes.plot(places, [b.perplexity for _, b, _ in points], "--", label=f"base {name}".strip())
     axes.set(xlabel="position in the text (tokens)", ylabel="perplexity", ylim=(0, None))
     save(figure, [axes], path)
+
+
+def plot_costs(rows: Sequence[Cost], path: Path) -> None:
+    """Perplexity against time per token, scored and written; a point a window, its area the peak memory.
+
+    Raises:
+        OutputError: as `plot_by_position`.
+    """
+    figure, panels = canvas(2)
+    for axes, name in zip(panels, ("scoring", "writing"), strict=True):
+        for adapter, label in ((False, "base"), (True, "base and adapter")):
+            own = [row for row in rows if row.adapter == adapter]
+            times, heights = [getattr(row, name) for row in own], [row.perplexity for row in own]
+            axes.plot(times, heights, "-" if adapter else "--", label=label)
+            axes.scatter(times, heights, [row.peak_mb / 10 for row in own], alpha=0.5)
+            for row, time, height in zip(own, times, heights, strict=True):
+                axes.annotate(str(row.window), (time, height), fontsize=8)
+        axes.set(xlabel=f"{name}: seconds per 1,000 tokens", ylabel="perplexity", xlim=(0, None))
+    save(figure, panels, path)
 
 
 def canvas(panels: int = 1) -> tuple[Any, list[Any]]:

@@ -25,11 +25,14 @@ def pg19(
     chunk: Annotated[int | None, typer.Option(help="Chunk of recipe paper; others keep their own.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Score at most so many of each book.")] = None,
     cost_tokens: Annotated[int, typer.Option(min=0, help="Tokens for the cost table; 0: none.")] = 0,
+    cost_written: Annotated[int, typer.Option(min=1, help="Tokens written for it.")] = 512,
+    cost_rounds: Annotated[int, typer.Option(min=1, help="How often each is timed.")] = 3,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Perplexity by position and by length, and the cost of a window (resumes where it was stopped)."""
     from templora.bench import pg19 as bench
-    from templora.bench.plot import plot_by_position
+    from templora.bench.cost import cost_table, costs
+    from templora.bench.plot import plot_by_position, plot_costs
     from templora.recipe import load as recipe_of
 
     with one_line_errors():
@@ -54,8 +57,10 @@ def pg19(
             ]
         plot_by_position(groups, out / "by-position.png")
         if cost_tokens:
-            rows = bench.cost(model, (recipe or ["default"])[0], text_of(files[0]), cost_tokens, say)
-            pages += ["## Cost of a window", bench.cost_table(rows)]
+            how = (text_of(files[0]), cost_tokens, cost_written, cost_rounds, say)
+            rows = costs(model, (recipe or ["default"])[0], *how)
+            pages += ["## Cost of a window", cost_table(rows)]
+            plot_costs(rows, out / "cost.png")
         (out / "tables.md").write_text("\n\n".join(pages) + "\n", "utf-8")
         say(f"tables, results and plot are in {out}")
 

@@ -61,9 +61,8 @@ def translate(
     """Translate a book."""
     with one_line_errors(), ExitStack() as stack:
         from templora.formats import bilingual
-        from templora.sampling import Sampling
         from templora.tasks.passages import blocks
-        from templora.tasks.translate import Translator
+        from templora.tasks.translate import Translator, drawing
         from templora.template import load
 
         folder = session or out.with_name(f"{out.name}.session")
@@ -83,7 +82,7 @@ def translate(
             made,
             load(prompt_template, base, from_, to),
             context_pairs,
-            Sampling.of(base.model.generation_config, temperature=temperature),
+            drawing(base.model.generation_config, temperature),
             terms_of(glossary) if glossary else {},
             review=ask if review else None,
         )

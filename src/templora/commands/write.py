@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from templora.session import Session
 
 # Options that a text needs again when it goes on; a session on disk keeps the second kind by itself.
-HOW = frozenset(
-    ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "stop_at_eos", "base"]
-)
+DRAW = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+DRY = ("dry_multiplier", "dry_base", "dry_allowed_length")
+HOW = frozenset([*DRAW, *DRY, "stop", "stop_at_eos", "base"])
 OF_SESSION = frozenset(
     ["model", "recipe", "set_", "window", "chunk", "context", "seed", "dtype", "device", "parallel"]
 )
@@ -82,6 +82,11 @@ def write(
     top_p: Annotated[float | None, typer.Option()] = None,
     min_p: Annotated[float | None, typer.Option()] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="1 switches it off.")] = None,
+    dry_multiplier: Annotated[
+        float | None, typer.Option(help="DRY: against spans that repeat; 0 switches it off.")
+    ] = None,
+    dry_base: Annotated[float | None, typer.Option(help="DRY: growth with each token of a span.")] = None,
+    dry_allowed_length: Annotated[int | None, typer.Option(help="DRY: tokens that may repeat.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End where this string appears.")] = None,
     stop_at_eos: Annotated[bool, typer.Option(help="End where the model ends a document.")] = False,
     base: Annotated[bool, typer.Option(help="Also measure perplexity under the bare base.")] = True,
@@ -95,13 +100,7 @@ def write(
 ) -> None:
     """Continue a text."""
     with one_line_errors():
-        sampling = {
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-        }
+        sampling = {name: context_.params[name] for name in (*DRAW, *DRY)}
         sizes = {"window": window, "chunk": chunk, "context": context}
         wanted = Wanted(model, recipe, set_ or [], sizes, seed, dtype, device, given(context_), parallel)
         if prompts is not None:

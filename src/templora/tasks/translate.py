@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from templora.detokenizer import Detokenizer
 from templora.errors import InvalidText, WindowTooLarge
@@ -27,6 +28,11 @@ RETRY = {"temperature": 0.6, "repetition_penalty": 1.15}
 # Events that say where in the text something happened.
 PLACED = (ChunkScored, ChunkLearned, ChunkSkipped)
 Review = Callable[[str, str], str]
+
+
+def drawing(config: GenerationConfig | None, temperature: float = 0.0) -> Sampling:
+    """How a translation is drawn: as the model's config says, but names and terms must come again: no DRY."""
+    return Sampling.of(config, temperature=temperature, dry_multiplier=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +103,7 @@ class Translator:
     def __post_init__(self) -> None:
         """Prepare; nothing runs yet."""
         config = self.session.base.model.generation_config
-        self.sampling = self.sampling or Sampling.of(config, temperature=0.0)
+        self.sampling = self.sampling or drawing(config)
         self.end = self.template.end_ids(self.session.base)
         self._tokens = 0  # of translations so far
         self._cut_before = False
