@@ -167,6 +167,18 @@ def test_the_guard_skips_one_text_and_the_others_do_not_notice(base: Base) -> No
         alike(own, score(base, text, seed=1, **SIZES))
 
 
+def test_a_hook_works_for_several_texts_as_for_one(base: Base) -> None:
+    layer: Any = base.model.model.layers[1]  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue]
+    texts = [TEXT[:400], TEXT[400:800]]
+    plain = templora.score_batch(base, texts, seed=1, **SIZES)
+    handle = layer.self_attn.v_proj.register_forward_hook(lambda _m, _i, output: 1.5 * output)
+    steered = templora.score_batch(base, texts, seed=1, **SIZES)
+    for text, own, other in zip(texts, steered, plain, strict=True):
+        alike(own, score(base, text, seed=1, **SIZES))
+        assert own.adapted.nll != pytest.approx(other.adapted.nll, rel=1e-4)
+    handle.remove()
+
+
 def test_one_text_does_not_depend_on_another(base: Base) -> None:
     one = templora.score_batch(base, [TEXT[:400], TEXT[400:800]], seed=1, **SIZES)[0]
     other = templora.score_batch(base, [TEXT[:400], TEXT[::-1][:800]], seed=1, **SIZES)[0]

@@ -183,6 +183,18 @@ def test_a_text_is_read_and_continued_in_its_own_file(tiny: str, tmp_path: Path)
     assert out.read_bytes().decode() == text + done.stdout_bytes.decode()
 
 
+def test_a_session_that_read_a_file_goes_on_in_it(tiny: str, tmp_path: Path) -> None:
+    out, folder = tmp_path / "novel.txt", tmp_path / "my-novel"
+    out.write_text(PROMPT, "utf-8")
+    text = PROMPT
+    for options in (["--model", tiny, *SIZES], []):
+        done = templora_write("--session", folder, "--read", out, "--out", out, *options, "--tokens", 20)
+        assert done.exit_code == 0
+        assert out.read_bytes().decode().startswith(text), "nothing stands there twice"
+        assert len(out.read_bytes().decode()) < len(text) + 60
+        text = out.read_bytes().decode()
+
+
 def test_what_is_said_to_go_on_with_goes_on(tiny: str, tmp_path: Path) -> None:
     out = tmp_path / "out.txt"
     wishes = [
@@ -270,7 +282,7 @@ def test_a_model_that_cannot_work_is_one_line(kind: str, reason: str, tmp_path: 
         (["--model", "{tmp}/broken"], "cannot load {tmp}/broken: "),
         (["--model", "{tmp}/weightless"], "cannot load {tmp}/weightless: "),
         (["--recipe", "papr"], "no recipe 'papr'; named recipes are default, paper"),
-        (["--set", "learning_rat=1"], "the nearest known key is 'learning_rate'"),
+        (["--set", "learning_rat=1"], "the nearest known one is 'learning_rate'"),
         (["--set", "epochs=many"], "recipe key epochs: "),
         (["--set", "epochs"], "--set takes key=value, not 'epochs'"),
         (["--set", "targets=nothing"], "no layers of LlamaForCausalLM can carry LoRA"),
@@ -287,6 +299,7 @@ def test_a_model_that_cannot_work_is_one_line(kind: str, reason: str, tmp_path: 
         (["--out", "{tmp}/no/folder/out.txt"], "cannot write to {tmp}/no/folder/out.txt: No such file"),
         (["--out", "{tmp}"], "{tmp} exists and is never overwritten"),
         (["--prompt-file", "{tmp}/there.txt"], "a prompt and --prompt-file were both given"),
+        (["--out", "{tmp}/new.txt.xz"], "{tmp}/new.txt.xz would hold plain text"),
         (["--read", "{tmp}/missing.txt"], "cannot read {tmp}/missing.txt: No such file"),
         (["--read", "{tmp}"], "cannot read {tmp}: Is a directory"),
         (["--read", "{tmp}/binary"], "binary"),

@@ -1,6 +1,7 @@
 """The lean MLP against the model's own: the same bits, less kept."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -88,17 +89,54 @@ def test_a_hook_sees_what_it_always_saw(place: str) -> None:
     nll, gradient, _ = learned(base, adapter)
     seen = list[tuple[int, ...]]()
     block: Any = base.model.model.layers[0]  # pyright: ignore[reportAttributeAccessIssue]
-    watched = block.get_submodule(place)
-    if place.endswith("_proj"):
-        with adapter.attached():  # the adapter's layer stands there in a pass
-            watched = block.get_submodule(place)
-    handle = watched.register_forward_hook(lambda _m, _i, output: seen.append(tuple(output.shape)))
+    handle = block.get_submodule(place).register_forward_hook(
+        lambda _m, _i, output: seen.append(tuple(output.shape))
+    )
     again = learned(base, adapter)
     handle.remove()
     inner = place in ("mlp.act_fn", "mlp.gate_proj")
     width = base.model.config.intermediate_size if inner else base.model.config.hidden_size
     assert seen == [(1, TOKENS, width)]
-    assert torch.equal(again[0], nll) and torch.equal(again[1], gradient)
+    torch.testing.assert_close(again[:2], (nll, gradient))  # PEFT's layer, which calls the model's, rounds
+
+
+class Clamped(nn.Module):
+    """As some families do."""
+
+    def __init__(self, mlp: Any) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self.act_fn = mlp.act_fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, width], both ways."""
+        return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=10)) * self.up_proj(x).clamp(-10, 10))
+
+
+class Paired(Clamped):
+    def forward(self, x: Tensor) -> Any:
+        """Two results."""
+        return super().forward(x), x
+
+
+class Packed(nn.Linear):
+    """Its weight is of bytes, as a quantised layer's."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False)
+        self.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+
+
+@pytest.mark.parametrize("kind", [Clamped, Paired, Packed])
+def test_an_mlp_that_does_anything_else_is_left_alone(kind: Any) -> None:
+    base, adapter = adapted()
+    block: Any = base.model.model.layers[0]  # pyright: ignore[reportAttributeAccessIssue]
+    if kind is Packed:
+        block.mlp.gate_proj, block.mlp.up_proj = Packed(block.mlp.gate_proj), Packed(block.mlp.up_proj)
+    else:
+        block.mlp = kind(block.mlp)
+    sites = [replace(site, parent=block.mlp) for site in adapter.sites if site.name == "down_proj"][:1]
+    assert not list(gated_mlps(base.model, sites))
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -129,7 +129,7 @@ def test_a_pair_that_is_none_is_refused(pair: str) -> None:
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest(wrong: str, near: str, tmp_path: Path) -> None:
-    expected = f"unknown recipe key {wrong!r}; the nearest known key is {near!r}"
+    expected = f"unknown recipe key {wrong!r}; the nearest known one is {near!r}"
     assert refusal("default", {wrong: 1}) == expected
     path = tmp_path / "mine.yaml"
     path.write_text(f"{wrong}: 1\n")

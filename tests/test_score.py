@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 import templora
 from templora.base import Base
 from templora.bench import cost, pg19, sweep, tables
+from templora.bench.checkpoint import Checkpoint
 from templora.cli import app
 from templora.errors import InvalidRecipe
 from templora.events import ChunkLearned, ChunkScored, RolledBack, Token
@@ -202,6 +204,75 @@ def test_a_written_text_put_back_in_mid_chunk_goes_on_bit_for_bit(base: Base) ->
     other = base.session(seed=1, **sizes)
     other.load_state(first.state())
     assert start + written(other, 59) == whole
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (["--tokens", "90"], "tokens 60, not 90"),
+        (["--skip", "3"], "skip 0, not 3"),
+        (["--no-base"], "base True, not False"),
+        (["--seed", "5"], "seed 0, not 5"),
+        (["--set", "rank=8"], "rank 64, not 8"),
+    ],
+)
+def test_results_of_different_runs_are_not_mixed(
+    folder: Path, tmp_path: Path, more: list[str], named: str
+) -> None:
+    book, out = tmp_path / "book.txt", tmp_path / "scores.json"
+    book.write_text(TEXT, "utf-8")
+    words = ["score", book, "--model", folder, "--window", "32", "--chunk", "16", "--context", "32"]
+    words += ["--json", out, "--resume"]
+    assert run(*words, "--tokens", "60")[0] == 0
+    before = out.read_text("utf-8")
+    assert run(*words, "--tokens", "60")[0] == 0
+    code, errors = run(*words, "--tokens", "60", *more)
+    assert code == 2 and named in errors
+    assert out.read_text("utf-8") == before
+
+
+def test_a_checkpoint_of_other_tokens_is_not_gone_on_from(base: Base, tmp_path: Path) -> None:
+    def begun(ids: list[int], score_base: bool = True) -> tuple[Checkpoint, Session]:
+        made, session = Checkpoint(tmp_path / "scores.json", resume=True), base.session(seed=1, **SIZES)
+        made.begin("book.txt", session, ids, score_base=score_base)
+        return made, session
+
+    ids = base.encode(TEXT)
+    first, session = begun(ids)
+    scores = Scores.of(base, ids)
+    for event in islice(scoring(session, ids), 6):
+        scores.take(event)
+    first.store(session, scores, 3.0)
+    for other in (begun(ids[:-1]), begun(ids, score_base=False)):
+        fresh = Scores.of(base, ids)
+        assert other[0].restore(other[1], fresh) == 0.0
+        assert not fresh.chunks and not other[1].ids
+    again, session = begun(ids)
+    assert again.restore(session, Scores.of(base, ids)) == 3.0
+    assert session.ids
+
+
+def test_a_file_with_nothing_to_score_does_not_cost_the_others(folder: Path, tmp_path: Path) -> None:
+    for name, text in (("a", TEXT[:5]), ("b", TEXT)):
+        (tmp_path / f"{name}.txt").write_text(text, "utf-8")
+    words = ["--model", folder, "--skip", "20", "--json", tmp_path / "out.json"]
+    for batch in ("1", "2"):
+        code, errors = run("score", tmp_path / "a.txt", tmp_path / "b.txt", *words, "--batch", batch)
+        assert code == 2 and "no token is left to score after --skip 20" in errors
+        (entry,) = json.loads((tmp_path / "out.json").read_text("utf-8"))
+        assert entry["document"].endswith("b.txt")
+        (tmp_path / "out.json").unlink()
+
+
+@pytest.mark.parametrize("content", ["[{", "3", '[{"no": 1}]', "[1]"])
+def test_a_file_that_holds_no_results_is_named(folder: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.txt").write_text(TEXT, "utf-8")
+    (tmp_path / "out.json").write_text(content, "utf-8")
+    code, errors = run(
+        "score", tmp_path / "a.txt", "--model", folder, "--json", tmp_path / "out.json", "--resume"
+    )
+    assert code == 2 and "out.json does not hold results" in errors
+    assert (tmp_path / "out.json").read_text("utf-8") == content
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import templora
 from templora.base import Base
-from templora.errors import InvalidText, OutOfMemory, SessionClosed, TemploraError
+from templora.errors import InvalidRecipe, InvalidText, OutOfMemory, SessionClosed, TemploraError
 from templora.events import (
     ChunkLearned,
     ChunkScored,
@@ -22,6 +22,7 @@ from templora.events import (
     Token,
     Warned,
 )
+from templora.sampling import Sampling
 from templora.session import Session
 from templora.testing import ByteTokenizer, ScriptedModel, tiny_llama
 
@@ -443,15 +444,88 @@ def test_out_of_memory_says_what_to_lower_and_the_session_can_go_on() -> None:
     try:
         with pytest.raises(OutOfMemory, match="at window 40, chunk 16, context 40; lower chunk or context"):
             list(made.write(40))
+        written = len(made.ids)
+        text_after(made, 40)
+        assert len(made.ids) == written + 40
+        whole = session()
+        text_after(whole, len(made.ids) - len(whole.ids))
     finally:
         handle.remove()
-    written = len(made.ids)
-    text_after(made, 40)
-    assert len(made.ids) == written + 40
-    whole = session()
-    text_after(whole, len(made.ids) - len(whole.ids))
     assert made.ids == whole.ids
     assert torch.equal(made.adapter.flat, whole.adapter.flat)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_an_update_that_had_no_memory_is_made_when_it_is_tried_again(parallel: bool) -> None:
+    """What the guard noted of a chunk before its update failed must not count twice."""
+
+    def begun() -> Session:
+        made = BASE.session(
+            "default", seed=7, parallel=parallel, **(FAST | {"guard": True, "learning_rate": 1e-3})
+        )
+        made.read(PROSE)
+        return made
+
+    made, learner, calls = begun(), None, list[int]()
+    learner = made.learner
+    backward = learner._backward  # pyright: ignore[reportPrivateUsage]
+
+    def no_memory(nll: torch.Tensor) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        backward(nll)
+
+    learner._backward = no_memory  # pyright: ignore[reportPrivateUsage]
+    with pytest.raises(OutOfMemory):
+        list(made.write(150, temperature=1.0))
+    whole = begun()
+    text_after(made, 150 - (len(made.ids) - len(whole.ids)), temperature=1.0)
+    text_after(whole, 150, temperature=1.0)
+    assert len(calls) > 3
+    assert made.ids == whole.ids
+    assert torch.equal(made.adapter.flat, whole.adapter.flat)
+
+
+def test_a_state_may_be_loaded_more_than_once() -> None:
+    first = session()
+    text_after(first, 40)
+    state, texts = first.state(), list[str]()
+    for _ in range(2):
+        other = BASE.session("default", seed=7, **FAST)
+        other.load_state(state)
+        text_after(other, 60)
+        texts.append(other.text)
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("place", ["mlp", "self_attn.v_proj", "mlp.down_proj"])
+def test_a_hook_on_the_model_works_in_each_pass(place: str) -> None:
+    """As those of people who steer a model do: here base and adapter that learns nothing must agree."""
+    made = BASE.session("default", seed=7, **(FAST | {"learning_rate": 0.0}))
+    plain = BASE.session("default", seed=7, **(FAST | {"learning_rate": 0.0}))
+    layer: Any = MODEL.model.layers[1]
+    handle = layer.get_submodule(place).register_forward_hook(lambda _m, _i, output: 1.5 * output)
+    try:
+        events = [*made.reading(PROSE, score_base=True), *made.write(40)]
+    finally:
+        handle.remove()
+    scored = [event for event in events if isinstance(event, ChunkScored)]
+    assert len(scored) > 5
+    for event in scored:
+        assert event.adapted_nll == pytest.approx(event.base_nll, rel=1e-6)
+    unsteered = [e for e in [*plain.reading(PROSE), *plain.write(40)] if isinstance(e, ChunkScored)]
+    assert unsteered[0].adapted_nll != pytest.approx(scored[0].adapted_nll, rel=1e-4)
+    # A token alone goes the short way, where there is nobody to call.
+    step = made.ids[len(made.base.encode(PROSE)) + 1 :]
+    assert step and made.ids != plain.ids
+
+
+def test_a_sampling_option_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(InvalidRecipe, match=r"unknown sampling option 'temprature'.*'temperature'"):
+        session().write(3, temprature=0.1)
+    with pytest.raises(InvalidRecipe, match="sampling and temperature were both given"):
+        session().write(3, sampling=Sampling(), temperature=0.1)
 
 
 def test_sizes_that_nobody_fixed_are_fitted_and_that_is_said_once() -> None:

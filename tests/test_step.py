@@ -95,6 +95,9 @@ def test_a_model_that_is_watched_or_of_another_kind_has_none() -> None:
     watched: Any = tiny_llama()
     watched.model.layers[0].mlp.register_forward_hook(lambda *_: None)
     assert step_of(watched) is None
+    other: Any = tiny_llama()
+    other.model.layers[1].mlp = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    assert step_of(other) is None
     assert step_of(tiny_llama(hidden_act="gelu")) is None
     eager = tiny_llama()
     eager.set_attn_implementation("eager")

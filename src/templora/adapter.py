@@ -5,11 +5,12 @@ originals only inside `attached()` or `decoding()`. All weights live in one flat
 snapshot, a norm or an optimiser step is one operation.
 """
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -20,6 +21,7 @@ from templora.gated_mlp import GatedMlp, gated_mlps
 from templora.injection import Site, standing_in
 from templora.lora_linear import LoraLinear
 from templora.merging import Fleeting, MergedCopy, can_merge
+from templora.probe import is_watched
 from templora.recipe import Recipe
 from templora.start import begin
 
@@ -73,7 +75,7 @@ class Adapter:
         """The model computes with the adapter, differentiably. training: apply LoRA dropout."""
         for site in self.sites:
             site.train(training)
-        with standing_in(self.sites, self._layers), standing_in(self._mlps, self._lean):
+        with self._standing(self._layers), standing_in(self._mlps, self._lean):
             yield
 
     @contextmanager
@@ -90,12 +92,14 @@ class Adapter:
             with self.attached():
                 yield
             return
+        for site in self.sites:
+            site.train(False)
         if once and self._merged is None:
             layers = self._fleeting
         else:
             self._merged = self._merged or MergedCopy(self.sites)
             layers = self._merged.of(self.version)
-        with standing_in(self.sites, layers):
+        with self._standing(layers):
             yield
 
     @contextmanager
@@ -145,8 +149,11 @@ class Adapter:
             Path(folder).mkdir(parents=True, exist_ok=True)
             self.config.save_pretrained(str(folder))
             save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
-        except OSError as error:
-            raise OutputError(f"cannot save the adapter to {folder}: {error.strerror or error}") from error
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise OutputError(
+                f"cannot save the adapter to {folder}: {reason}; choose another folder"
+            ) from error
 
     @torch.no_grad()
     def load(self, folder: str | Path, version: int) -> None:
@@ -163,6 +170,16 @@ class Adapter:
         self._merged, self._can_merge, self.squares = None, False, None
         self.flat = self.gradient = torch.empty(0)
         self.a = self.b = nn.Parameter(self.flat)
+
+    @contextmanager
+    def _standing(self, layers: Sequence[nn.Module]) -> Generator[None]:
+        """These stand in; but where someone watches the model's own layer, PEFT's does, which calls it."""
+        chosen = list(layers)
+        for place, site in enumerate(self.sites):
+            if is_watched(site.original):
+                chosen[place] = site.lora
+        with standing_in(self.sites, chosen):
+            yield
 
     def _is_at(self, version: int) -> None:
         """The weights have changed, and are that version now."""

@@ -19,7 +19,7 @@ from templora import array_step, kernels, lean_attention, loading, start
 from templora.cache import WindowCache
 from templora.cross_entropy import linear_nll, logits_nll
 from templora.errors import InvalidRecipe
-from templora.probe import Probe, probe
+from templora.probe import Probe, Watch, probe
 
 # What configs call it: nearly all of them, MPT, BLOOM.
 POSITIONS = ("max_position_embeddings", "max_seq_len", "seq_length")
@@ -40,7 +40,7 @@ class Base:
         self.start = start.read(model.config.name_or_path or "")
         self._tokenizer = tokenizer
         self._probe: Probe = probe(model)
-        self._step = array_step.step_of(model)
+        self._step, self._watched = array_step.step_of(model), Watch(model)
         text = model.config.get_text_config()
         self.positions: int | None = next((n for key in POSITIONS if (n := getattr(text, key, None))), None)
         self.vocabulary: int = text.vocab_size
@@ -150,9 +150,10 @@ class Base:
         Returns:
             Logits after the last of them, [vocab], in the model's dtype.
         """
-        if self._step and len(ids) == 1 and isinstance(cache, WindowCache) and cache.layers:
+        short = self._step if len(ids) == 1 and not self._watched() else None
+        if short and isinstance(cache, WindowCache) and cache.layers:
             with torch.no_grad():
-                return self._step(ids[0], position, cache)
+                return short(ids[0], position, cache)
         with torch.no_grad(), kernels.fast(len(ids), device=self.device):
             if self._probe.plain_head:
                 return self.head(self._hidden(ids, position, cache)[-1:])[0]

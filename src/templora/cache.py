@@ -153,15 +153,15 @@ class WindowCache(Cache):
         layers = [layer for layer in self.layers if isinstance(layer, WindowLayer)]
         return {"origin": self.origin, "version": self.version, "layers": [layer.state() for layer in layers]}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from what `state` returned."""
+    def load_state(self, state: dict[str, Any], device: torch.device) -> None:
+        """Continue, on that device, from what `state` returned."""
         self.origin, self.version = state["origin"], state["version"]
         self.layers.clear()
         for stored in state["layers"]:
             layer = WindowLayer(self.capacity)
             if stored["stop"]:
                 layer.first = layer.stop = stored["first"]
-                layer.update(stored["keys"], stored["values"])
+                layer.update(stored["keys"].to(device), stored["values"].to(device))
             self.layers.append(layer)
 
     def prefix(self, first: int, stop: int) -> Cache:

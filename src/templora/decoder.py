@@ -40,7 +40,7 @@ class Decoder:
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state` returned."""
         self.chunk = state["chunk"]
-        self.cache.load_state(state["cache"])
+        self.cache.load_state(state["cache"], self.base.device)
 
     def forget(self) -> None:
         """Drop what is cached, as after the text or the adapter was changed from outside."""

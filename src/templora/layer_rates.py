@@ -48,6 +48,11 @@ class LayerRates(Slopes):
             weight.copy_(old).add_(step, alpha=factor)
             trace.mul_(DECAY).add_(step, alpha=factor)
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that a step changes in place."""
+        return [*super().tensors, self.logs, *self.trace]
+
     def state(self) -> dict[str, Any]:
         """What a resumed text needs, copied."""
         return super().state() | {"logs": self.logs.clone(), "trace": [own.clone() for own in self.trace]}

@@ -16,6 +16,7 @@ from templora.adapter import Adapter
 from templora.layer_rates import LayerRates
 from templora.magnitude import Magnitudes
 from templora.recipe import Recipe
+from templora.savepoint import Savepoint
 
 KNOWN = 1e6  # steps after which Adam takes its mean squares for what they are
 SHORTEST = 5  # a step of a thousandth is the shortest that is tried
@@ -44,6 +45,7 @@ class Learner:
 
     def __init__(self, adapter: Adapter, recipe: Recipe, seed: int) -> None:
         self.adapter, self.recipe = adapter, recipe
+        self._savepoint, self._unstepped = Savepoint(), Savepoint()
         self.restart()
         # LoRA dropout draws from torch's global generator: each session lends it its own state.
         self._dropout_state = torch.Generator().manual_seed(seed).get_state()
@@ -97,9 +99,8 @@ class Learner:
         Raises:
             NotFinite: after everything was put back.
         """
-        adapter, share = self.adapter, 1.0
-        weights, state, version = adapter.snapshot(), self.state(), adapter.version
-        norm = 0.0
+        adapter, share, norm = self.adapter, 1.0, 0.0
+        put_back = self._saved()
         try:
             for epoch in range(self.recipe.epochs):
                 if epoch > 0 or not ready:
@@ -109,12 +110,12 @@ class Learner:
             if not float(torch.linalg.vector_norm(adapter.flat)) < float("inf"):
                 raise NotFinite("the updated adapter is not finite")
             if helps is not None:
-                share = self._shorten(weights, helps)
+                share = self._shorten(self._savepoint.copies[0], helps)
         except BaseException:
-            adapter.restore(weights, version)
-            self.load_state(state)
+            put_back()
             raise
         finally:
+            self._savepoint.done()
             adapter.gradient.zero_()
         adapter.updated()
         return Update(adapter.version, rate, norm, share)
@@ -131,12 +132,36 @@ class Learner:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state` returned."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        # Copied, because torch goes on in the very tensors that it is given.
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         if self.magnitudes:
             self.magnitudes.load_state(state["magnitudes"])
         if self.layer_rates:
             self.layer_rates.load_state(state["layer_rates"])
-        self._dropout_state = state["dropout"].clone()
+        self._dropout_state = state["dropout"].cpu().clone()
+
+    def _saved(self) -> Callable[[], None]:
+        """Copy all that an update changes; what puts it back."""
+        optimizer, adapter = self.optimizer, self.adapter
+        learned = [part for part in (self.magnitudes, self.layer_rates) if part is not None]
+        states = [state for state in optimizer.state.values() if state]
+        moments = [tensor for state in states for tensor in state.values()]
+        self._savepoint.take([adapter.flat, *moments, *(own for part in learned for own in part.tensors)])
+        version, steps, dropout = adapter.version, [part.steps for part in learned], self._dropout_state
+        rates = [group["lr"] for group in optimizer.param_groups]
+
+        def put_back() -> None:
+            if not states:  # made by its first step
+                optimizer.state.clear()
+            self._savepoint.put_back()
+            adapter.restore(self._savepoint.copies[0], version)
+            self._dropout_state = dropout
+            for part, before in zip(learned, steps, strict=True):
+                part.steps = before
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+
+        return put_back
 
     @torch.no_grad()
     def _shorten(self, before: Tensor, helps: Callable[[], bool]) -> float:
@@ -157,6 +182,8 @@ class Learner:
             device = self.adapter.flat.device
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 torch.random.set_rng_state(self._dropout_state)
+                if device.type == "cuda":  # it has a generator of its own
+                    torch.cuda.manual_seed(int(torch.randint(1 << 62, ())))
                 result = nll()
                 self._dropout_state = torch.random.get_rng_state()
             return result
@@ -191,7 +218,8 @@ class Learner:
         weights, gradients = adapter.layers_b
         if unlearned and rate:
             self.layer_rates.judge(gradients)
-        before = [weight.clone() for weight in weights]
+        self._unstepped.take(weights)
         self.optimizer.step()
-        self.layer_rates.apply(before, weights)
+        self.layer_rates.apply(self._unstepped.copies, weights)
+        self._unstepped.done()
         return norm

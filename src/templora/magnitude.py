@@ -41,6 +41,11 @@ class Slopes:
         mean = self.mean / (1 - BETA1**self.steps)
         return mean / ((self.square / (1 - BETA2**self.steps)).sqrt() + EPS)
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that a step changes in place."""
+        return [self.mean, self.square]
+
     def state(self) -> dict[str, Any]:
         """What a resumed text needs, copied."""
         return {"steps": self.steps, "mean": self.mean.clone(), "square": self.square.clone()}

@@ -14,6 +14,7 @@ from templora.cache import WindowCache
 from templora.errors import UnsupportedModel
 
 TOKENS = 4
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +46,19 @@ def probe(model: PreTrainedModel) -> Probe:
 def is_watched(module: nn.Module) -> bool:
     """Whether someone has put a hook on it, or a `forward` of its own: then it must be called as it is."""
     own = module.__dict__
-    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]) or (
-        "forward" in own
-    )
+    return "forward" in own or any(own[kind] for kind in HOOKS)
+
+
+class Watch:
+    """`is_watched` of all modules that a model has now, cheap enough to be asked at each token."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [module.__dict__ for module in model.modules()]
+        self._hooks = [own[kind] for own in self._modules for kind in HOOKS]
+
+    def __call__(self) -> bool:
+        """Whether any of them is."""
+        return any(self._hooks) or any("forward" in own for own in self._modules)
 
 
 def _try(model: PreTrainedModel, head: nn.Module, kind: str) -> bool:

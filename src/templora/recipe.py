@@ -177,12 +177,21 @@ def _number(value: Any) -> Any:
     return value
 
 
+def refuse_unknown(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """See that each is one of those that are known.
+
+    Raises:
+        InvalidRecipe: with the nearest of those.
+    """
+    known = list(known)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
+            raise InvalidRecipe(f"unknown {what} {str(name)!r}; the nearest known one is {near[0]!r}")
+
+
 def _refuse_unknown(values: Mapping[str, Any]) -> None:
-    known = Recipe.model_fields.keys() - {"fixed"}
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
-            raise InvalidRecipe(f"unknown recipe key {str(key)!r}; the nearest known key is {near[0]!r}")
+    refuse_unknown("recipe key", values, Recipe.model_fields.keys() - {"fixed"})
 
 
 def _validated(values: Mapping[str, Any]) -> Recipe:

@@ -218,6 +218,8 @@ class TextFile:
 
     def __init__(self, path: Path, *, append: bool = False) -> None:
         self.path = path
+        if path.suffix == ".xz":
+            raise OutputError(f"{path} would hold plain text, which is not .xz; choose another --out")
         try:
             self._file = path.open("a" if append else "x", encoding="utf-8", newline="")
         except FileExistsError as error:

@@ -24,6 +24,7 @@ from transformers.generation.logits_process import (
 from templora.dry import DryLogitsProcessor
 from templora.errors import InvalidRecipe
 from templora.filtering import filtered
+from templora.recipe import refuse_unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,12 @@ class Sampling:
 
     @classmethod
     def of(cls, config: GenerationConfig | None, **wishes: Any) -> "Sampling":
-        """A model's own generation config where it speaks, these defaults elsewhere, wishes over both."""
+        """A model's own generation config where it speaks, these defaults elsewhere, wishes over both.
+
+        Raises:
+            InvalidRecipe: a wish that is no field, or a value that cannot work.
+        """
+        refuse_unknown("sampling option", wishes, [field.name for field in fields(cls)])
         values: dict[str, Any] = {}
         for field in fields(cls):
             own = getattr(config, field.name, None) if config is not None else None

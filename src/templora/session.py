@@ -16,7 +16,7 @@ from transformers import LogitsProcessorList
 
 from templora.adapter import Adapter
 from templora.base import Base
-from templora.errors import InvalidText, NeedsFolder, SessionClosed, TemploraError
+from templora.errors import InvalidRecipe, InvalidText, NeedsFolder, SessionClosed, TemploraError
 from templora.events import ChunkScored, ChunkWritten, Event, Token, Warned
 from templora.learner import Learner
 from templora.memory import fits_in_memory
@@ -150,7 +150,7 @@ class Session:
         Args:
             tokens: how many to write at most.
             sampling: how to draw; else the base's own generation config with `sampling_wishes`
-                (temperature, top_k, top_p, min_p, repetition_penalty) over it.
+                (the fields of `Sampling`: temperature, top_k, …, dry_multiplier) over it.
             processors: transformers logits processors to use in place of all that.
             stop: strings that end the text when they appear in what is written.
             stop_at_eos: end where the model ends a document; otherwise it is never drawn.
@@ -162,6 +162,10 @@ class Session:
         self._check_open()
         if not self.ids and not (self.base.has_tokenizer and self.base.prefix_ids):
             raise InvalidText("the prompt is empty and this base has no start token; give a prompt")
+        if sampling is not None and sampling_wishes:
+            raise InvalidRecipe(
+                f"sampling and {', '.join(sampling_wishes)} were both given; give one of them"
+            )
         draw = sampling or Sampling.of(self.base.model.generation_config, **sampling_wishes)
         return self._write(Wishes(tokens, draw, processors, tuple(stop), stop_at_eos, score_base))
 

@@ -5,7 +5,7 @@ is one pass for all of them: a layer's own product runs once over the tokens of 
 are one batched product. It knows nothing of texts but how many there are.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from templora.adapter import Adapter
 from templora.errors import UnsupportedModel
-from templora.injection import Site, standing_in
+from templora.injection import standing_in
 from templora.kernels import FEWEST, is_fast, product
+from templora.probe import is_watched
 
 
 @dataclass(slots=True)
@@ -39,7 +40,7 @@ class Stack:
         self._sites = [replace(site) for site in like.sites]
         self.weights = like.flat.new_zeros((size, like.parameters))
         self.gradient = torch.zeros_like(self.weights)
-        self._layers: dict[int, list[nn.Module]] = {}
+        self._layers: dict[tuple[int, tuple[bool, ...]], list[nn.Module]] = {}
         self._shape = Shape()
 
     @property
@@ -71,17 +72,21 @@ class Stack:
 
     def _modules(self) -> list[nn.Module]:
         """The layers for as many texts as there are."""
-        if self.texts not in self._layers:
-            self._layers[self.texts] = [*self._make(self.texts)]
-        return self._layers[self.texts]
+        # Those that someone watches must be called.
+        calls = tuple(is_watched(site.original) for site in self._sites)
+        key = (self.texts, calls)
+        if key not in self._layers:
+            self._layers[key] = [*self._make(self.texts, calls)]
+        return self._layers[key]
 
-    def _make(self, texts: int) -> Generator[nn.Module]:
+    def _make(self, texts: int, calls: Sequence[bool]) -> Generator[nn.Module]:
         sizes = [site.a.numel() for site in self._sites] + [site.b.numel() for site in self._sites]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         for i, site in enumerate(self._sites):
             a = self._side(texts, starts[i], site.a.shape)
             b = self._side(texts, starts[len(self._sites) + i], site.b.shape)
-            yield _layer(site, a, b, self._shape)
+            layer = StackedLinear if calls[i] else _kind(site.original)
+            yield layer(site.original, a, b, site.scale, self._shape)
 
     def _side(self, texts: int, start: int, shape: torch.Size) -> nn.Parameter:
         """One matrix of every text, [texts, *shape], with its gradient: views."""
@@ -221,7 +226,6 @@ def _add_gradients(ctx: Any, slope: Tensor, x: Tensor, inner: Tensor, b: Tensor)
     return inner_slope
 
 
-def _layer(site: Site, a: nn.Parameter, b: nn.Parameter, shape: Shape) -> nn.Module:
-    layer = site.original
+def _kind(layer: nn.Module) -> type[StackedLinear]:
     exact = type(layer) is nn.Linear and layer.weight.dtype == torch.float32
-    return (StackedFloatLinear if exact else StackedLinear)(layer, a, b, site.scale, shape)
+    return StackedFloatLinear if exact else StackedLinear

@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from templora.cache import WindowCache, WindowLayer
 from templora.probe import is_watched
 
+MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 MOVING = ("dynamic", "longrope")  # rotations that depend on the length of the text
 
 
@@ -60,6 +61,8 @@ def step_of(model: PreTrainedModel) -> Step | None:
     if (config.rope_parameters or {}).get("rope_type") in MOVING or any(map(is_watched, model.modules())):
         return None
     step, ids = Step(model), torch.tensor([[1, 2, 0]]) % config.vocab_size
+    if any(block.mlp._modules.keys() != MLP for block in step.blocks):
+        return None  # someone has put another one there
     ours, theirs = WindowCache(4), WindowCache(4)
     for cache in (ours, theirs):
         model(ids[:, :2], past_key_values=cache, use_cache=True)

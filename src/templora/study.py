@@ -70,10 +70,16 @@ class Study:
         spent = time.perf_counter() - started if one_pass else 0.0
         if score_base or self.wants_base(span, written):
             base = self.passes.base_nll(ids, span)
-        events, learns = self.judge(ids, span, written, adapted, base)
-        if learns:
-            started = time.perf_counter() - spent
-            events.append(self.learn(ids, span, adapted, started, first if one_pass else None))
+        before = self.guard.state()
+        try:
+            events, learns = self.judge(ids, span, written, adapted, base)
+            if learns:
+                started = time.perf_counter() - spent
+                events.append(self.learn(ids, span, adapted, started, first if one_pass else None))
+        except BaseException:
+            # Whoever tries again judges this chunk again, and must not find it in the guard's memory.
+            self.guard.load_state(before)
+            raise
         return events
 
     @property
@@ -183,6 +189,16 @@ class Study:
         last = self._last
         return last is None or self.passes.again(last.ids, last.tokens) <= last.nll + SLACK * last.tokens
 
+    def _good_nll(self, ids: Sequence[int], span: Span) -> float:
+        """Go back to the last good version; the chunk's NLL under it."""
+        weights, version = self.adapter.snapshot(), self.adapter.version
+        self.adapter.restore(self._good.weights, self._good.version)
+        try:
+            return self.passes.again(ids[span.visible : span.stop], span.tokens)
+        except BaseException:
+            self.adapter.restore(weights, version)
+            raise
+
     def _go_back(
         self, ids: Sequence[int], span: Span, adapted: float, base: float | None
     ) -> RolledBack | None:
@@ -193,9 +209,8 @@ class Study:
         if base is None or self.adapter.version == 0:
             return None
         if self.guard.must_go_back(adapted, base):
+            good = self._good_nll(ids, span)
             self.learner.restart()
-            self.adapter.restore(self._good.weights, self._good.version)
-            good = self.passes.again(ids[span.visible : span.stop], span.tokens)
             if self.guard.must_give_up(good, base, span.tokens):
                 self.adapter.shrink(0.0)
                 self._good = _Good(self.adapter.snapshot(), self.adapter.version)

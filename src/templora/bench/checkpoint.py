@@ -3,6 +3,8 @@
 Torch is imported when there is something to store or restore: the command line must start without it.
 """
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -19,27 +21,38 @@ EVERY = 20.0  # seconds between two checkpoints
 class Checkpoint:
     """One file beside the results; none where there are no results to go on from.
 
-    It is used only by a run that asks to resume, and only for the same document, recipe, base and seed.
+    It is used only by a run that asks to resume, and only for the same tokens, recipe, base and seed.
     """
 
     def __init__(self, results: Path | None, *, resume: bool) -> None:
         self.path = None if results is None else results.with_name(f".{results.name}.checkpoint")
         self._resume = resume
         self._stored = monotonic()
+        self._weights: str | None = None  # the base's fingerprint, made once: it reads all of them
+        self._key = list[str]()
 
     @property
     def is_due(self) -> bool:
         """Whether it is time to store again."""
         return self.path is not None and monotonic() - self._stored > EVERY
 
-    def store(self, document: str, session: "Session", scores: "Scores", seconds: float) -> None:
+    def begin(self, document: str, session: "Session", ids: Sequence[int], *, score_base: bool) -> None:
+        """Name what is scored from now on."""
+        if self.path is None:
+            return
+        self._weights = self._weights or session.base.fingerprint()
+        recipe, seed = session.recipe.model_dump_json(), str(session.seed)
+        text = hashlib.sha256(repr(list(ids)).encode()).hexdigest()
+        self._key = [document, text, str(score_base), recipe, self._weights, seed]
+
+    def store(self, session: "Session", scores: "Scores", seconds: float) -> None:
         """Write all that is needed to go on, in place of the checkpoint before."""
         if self.path is None:
             return
         import torch
 
         parts: dict[str, Any] = {
-            "key": _key(document, session),
+            "key": self._key,
             "session": session.state(),
             "chunks": scores.chunks,
             "seconds": seconds,
@@ -52,7 +65,7 @@ class Checkpoint:
             raise OutputError(f"cannot write {self.path}: {error}; free some space") from error
         self._stored = monotonic()
 
-    def restore(self, document: str, session: "Session", scores: "Scores") -> float:
+    def restore(self, session: "Session", scores: "Scores") -> float:
         """Put session and scores where the stored run was; returns the seconds it had spent, 0 if none."""
         if self.path is None or not self._resume or not self.path.exists():
             return 0.0
@@ -63,7 +76,7 @@ class Checkpoint:
         except Exception:
             # Half-written or of another version: the document is scored from its start, which is never wrong.
             return 0.0
-        if parts["key"] != _key(document, session):
+        if parts["key"] != self._key:
             return 0.0
         session.load_state(parts["session"])
         scores.restore(parts["chunks"])
@@ -73,7 +86,3 @@ class Checkpoint:
         """The document is done."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
-
-
-def _key(document: str, session: "Session") -> list[str]:
-    return [document, session.recipe.model_dump_json(), session.base.fingerprint(), str(session.seed)]

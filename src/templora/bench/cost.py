@@ -17,6 +17,7 @@ import torch
 
 from templora.base import load
 from templora.bench.tables import table
+from templora.recipe import Recipe
 from templora.tasks.score import Scores, scoring
 
 UNLIMITED = 4096  # tokens: the positions of a base that names none
@@ -47,18 +48,18 @@ def windows(positions: int, chunk: int) -> list[int]:
 
 
 def costs(
-    model: str, recipe: str, text: str, tokens: int, written: int, rounds: int, say: Callable[[str], None]
+    model: str, recipe: Recipe, text: str, tokens: int, written: int, rounds: int, say: Callable[[str], None]
 ) -> list[Cost]:
     """Each window with and without the adapter, each time in a process of its own.
 
     All are measured in turn, and `rounds` times; times and memory are the medians.
 
     Args:
+        recipe: its window and context are replaced.
         tokens: of the text, scored. written: tokens that are written after it.
         say: is told how far it is.
     """
-    base = load(model)
-    sizes = windows(base.positions or UNLIMITED, base.session(recipe).plan.chunk)
+    sizes = windows(load(model).positions or UNLIMITED, recipe.chunk)
     cases = [(window, adapter) for window in sizes for adapter in (False, True)]
     found: dict[tuple[int, bool], list[Cost]] = {case: [] for case in cases}
     for number in range(rounds):
@@ -73,14 +74,15 @@ def costs(
 
 
 def _measure(
-    model: str, recipe: str, text: str, tokens: int, written: int, threads: int, window: int, adapter: bool
+    model: str, recipe: Recipe, text: str, tokens: int, written: int, threads: int, window: int, adapter: bool
 ) -> Cost:
     torch.set_num_threads(threads)
     base = load(model)
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"window": window, "context": window}
     if not adapter:
-        changes = {"learning_rate": 0.0, "chunk": max(LEAST_STRIDE, window // 4)}
-    session = base.session(recipe, window=window, context=window, **changes)
+        stride = min(max(LEAST_STRIDE, window // 4), (base.positions or UNLIMITED) - window)
+        changes |= {"learning_rate": 0.0, "chunk": stride}
+    session = base.session(recipe, **changes)
     scores, started = Scores(), perf_counter()
     for event in scoring(session, base.encode(text)[:tokens], score_base=False):
         scores.take(event)

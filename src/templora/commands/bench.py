@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +11,9 @@ from templora.commands.options import Model, RecipeName
 from templora.commands.running import one_line_errors, say
 from templora.commands.score import Job, Results, score_all
 from templora.errors import InvalidText, OutputError
+
+if TYPE_CHECKING:
+    from templora.recipe import Recipe
 
 app = typer.Typer(no_args_is_help=True, help="Benchmarks that you run on your own texts and models.")
 
@@ -40,11 +43,13 @@ def pg19(
         _folder(out)
         pages: list[str] = []
         groups: dict[str, list[dict[str, Any]]] = {}
+        recipes: dict[str, Recipe] = {}
         for name in recipe or ["default"]:
             wishes: dict[str, Any] = {"window": window, "context": window}
             if name == "paper":
                 wishes |= {"chunk": chunk, "dropout": 0.0}
-            job = Job(load_base(model, None, None), recipe_of(name, wishes), seed, tokens, 0, True)
+            recipes[name] = recipe_of(name, wishes)
+            job = Job(load_base(model, None, None), recipes[name], seed, tokens, 0, True)
             results = Results(out / f"{Path(name).stem}.json", resume=True)
             score_all(job, files, results, [])
             groups[Path(name).stem] = results.done
@@ -58,7 +63,7 @@ def pg19(
         plot_by_position(groups, out / "by-position.png")
         if cost_tokens:
             how = (text_of(files[0]), cost_tokens, cost_written, cost_rounds, say)
-            rows = costs(model, (recipe or ["default"])[0], *how)
+            rows = costs(model, next(iter(recipes.values())), *how)
             pages += ["## Cost of a window", cost_table(rows)]
             plot_costs(rows, out / "cost.png")
         (out / "tables.md").write_text("\n\n".join(pages) + "\n", "utf-8")
@@ -103,12 +108,14 @@ def guofeng(
                         f"{work.name}, K = {k}, {'own output' if free else 'references'}: perplexity "
                         f"base {before.perplexity:.2f}, adapter {after.perplexity:.2f}"
                     )
-                    rows = quality.table_of(outcomes, comet_python) if not score_only else ""
-                    (out / "guofeng.md").write_text(f"{bench.markdown(outcomes)}\n\n{rows}", "utf-8")
                     result = [bench.as_json(outcome) for outcome in outcomes]
                     (out / "guofeng.json").write_text(
                         json.dumps(result, indent=1, ensure_ascii=False), "utf-8"
                     )
+                    (out / "guofeng.md").write_text(bench.markdown(outcomes) + "\n", "utf-8")
+        if not score_only:  # last: COMET loads a model for each row
+            rows = quality.table_of(outcomes, comet_python)
+            (out / "guofeng.md").write_text(f"{bench.markdown(outcomes)}\n\n{rows}\n", "utf-8")
         bench.plot(outcomes, out / "guofeng.png")
         say(f"tables, results and plot are in {out}")
 

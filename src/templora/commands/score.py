@@ -14,7 +14,7 @@ from templora.bench.checkpoint import Checkpoint
 from templora.commands.inputs import load_base, load_recipe, text_of
 from templora.commands.options import Context, Device, Dtype, Model, Pairs, RecipeName, Window
 from templora.commands.running import INTERRUPTED, interruptible, one_line_errors, say
-from templora.errors import OutputError, TemploraError
+from templora.errors import InvalidText, OutputError, TemploraError
 from templora.events import ChunkScored
 
 if TYPE_CHECKING:
@@ -86,8 +86,38 @@ class Job:
     score_base: bool
 
     def ids(self, text: str) -> list[int]:
-        """The tokens of a text that are scored."""
-        return self.base.encode(text)[self.skip : None if self.tokens is None else self.skip + self.tokens]
+        """The tokens of a text that are scored.
+
+        Raises:
+            InvalidText: there are none.
+        """
+        ids = self.base.encode(text)[self.skip : None if self.tokens is None else self.skip + self.tokens]
+        if len(self.base.prefix_ids) + len(ids) < 2:  # the first of all is never scored
+            raise InvalidText(f"no token is left to score after --skip {self.skip}; skip fewer")
+        return ids
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What of each text is scored, and how: a part of its result."""
+        return {"tokens": self.tokens, "skip": self.skip, "base": self.score_base}
+
+    def refuse(self, entry: dict[str, Any]) -> None:
+        """See that a result of an earlier run may stand beside those of this one.
+
+        Raises:
+            OutputError: it was made in another way.
+        """
+        earlier = {"model": entry["config"]["model"], "seed": entry["seed"], **entry["config"]["recipe"]}
+        recipe = self.recipe.model_dump(mode="json")
+        now = {"model": self.base.name, "seed": self.seed, **recipe}
+        if "asked" in entry:  # results of old do not say
+            earlier, now = earlier | entry["asked"], now | self.asked
+        for name, value in now.items():
+            if earlier.get(name) != value:
+                raise OutputError(
+                    f"{entry['document']} was scored with {name} {earlier.get(name)}, not {value}, before; "
+                    "choose another file for the results, or repeat what was asked then"
+                )
 
     def run(
         self, name: str, text: str, interrupted: list[int], checkpoint: "Checkpoint"
@@ -100,7 +130,8 @@ class Job:
         session = self.base.session(self.recipe, seed=self.seed)
         ids = self.ids(text)
         scores = Scores.of(self.base, ids)
-        spent = checkpoint.restore(name, session, scores)
+        checkpoint.begin(name, session, ids, score_base=self.score_base)
+        spent = checkpoint.restore(session, scores)
         started = perf_counter() - spent
         try:
             with ScoreStatus(name, len(ids)) as status:
@@ -111,10 +142,10 @@ class Job:
                     if isinstance(event, ChunkScored) and session.recipe.learning_rate > 0:
                         continue
                     if interrupted or checkpoint.is_due:
-                        checkpoint.store(name, session, scores, perf_counter() - started)
+                        checkpoint.store(session, scores, perf_counter() - started)
                     if interrupted:
                         return None
-            return result(name, scores, session, perf_counter() - started)
+            return result(name, scores, session, perf_counter() - started) | {"asked": self.asked}
         finally:
             session.discard()
 
@@ -127,11 +158,19 @@ class Results:
         if path is not None and path.exists():
             if not resume:
                 raise OutputError(f"{path} exists; add --resume to continue it, or choose another --json")
-            self.done = json.loads(path.read_text("utf-8"))
+            self.done = _entries(path)
 
-    def has(self, document: str) -> bool:
-        """Whether that document is done."""
-        return any(entry["document"] == document for entry in self.done)
+    def has(self, document: str, job: Job) -> bool:
+        """Whether that document is done.
+
+        Raises:
+            OutputError: it is, but as another job.
+        """
+        for entry in self.done:
+            if entry["document"] == document:
+                job.refuse(entry)
+                return True
+        return False
 
     def add(self, entry: dict[str, Any]) -> None:
         """Take in one more result and store them all."""
@@ -139,6 +178,16 @@ class Results:
         if self.path is not None:
             with _replacing(self.path) as temporary:
                 temporary.write_text(json.dumps(self.done, indent=1), "utf-8")
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    try:
+        entries = json.loads(path.read_text("utf-8"))
+        if all("document" in entry for entry in entries):
+            return entries
+    except (OSError, ValueError, TypeError):
+        pass
+    raise OutputError(f"{path} does not hold results of scoring; choose another file for them")
 
 
 @contextmanager
@@ -155,7 +204,7 @@ def score_all(job: Job, files: list[Path], results: Results, interrupted: list[i
     """Score each file that is not done; returns how many could not be."""
     failed, checkpoint = 0, Checkpoint(results.path, resume=results.resume)
     for file in files:
-        if results.has(str(file)) or interrupted:
+        if interrupted or results.has(str(file), job):
             continue
         try:
             entry = job.run(str(file), text_of(file), interrupted, checkpoint)
@@ -183,7 +232,7 @@ def score_together(job: Job, files: list[Path], results: Results, interrupted: l
 
     def documents() -> Iterator[list[int]]:
         for file in files:
-            if results.has(str(file)):
+            if results.has(str(file), job):
                 continue
             try:
                 ids = job.ids(text_of(file))
@@ -202,7 +251,7 @@ def score_together(job: Job, files: list[Path], results: Results, interrupted: l
         if event is not None:
             scores.take(event)
             continue
-        entry = result(name, scores, text, perf_counter() - started)
+        entry = result(name, scores, text, perf_counter() - started) | {"asked": job.asked}
         text.discard()
         results.add(entry)
         say(_line(entry))

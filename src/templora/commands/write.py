@@ -166,7 +166,8 @@ def _write(job: _Job, *, json: bool, quiet: bool) -> None:
         sinks: list[report.Sink] = [stack.enter_context(sink)]
         if job.path is not None:
             file = stack.enter_context(report.TextFile(job.path, append=job.append))
-            file.echo(job.session.text)
+            if not job.append:  # a file that goes on holds it already
+                file.echo(job.session.text)
             sinks.insert(0, file)
         interrupted = stack.enter_context(interruptible())
         for each in sinks:
