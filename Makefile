@@ -34,14 +34,14 @@ clean: ## remove the environment and caches
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
 
 .venv/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit("templora needs Python 3.11 or newer; say make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; sys.exit("templora needs Python 3.11 or newer; say make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -m venv .venv
 
 # The stamp is written only after everything has been installed.
 .venv/.core: pyproject.toml constraints.txt | .venv/bin/python
-	$(INSTALL) --editable .
+	@$(INSTALL) --editable .
 	@touch $@
 
 .venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
-	$(INSTALL) --editable ".[dev]"
+	@$(INSTALL) --editable ".[dev]"
 	@touch $@ .venv/.core

@@ -113,12 +113,17 @@ def test_another_seed_after_an_undo_gives_another_text(tiny: str, here: Path) ->
 def test_undo_redo_and_rewind(tiny: str, here: Path) -> None:
     before = begin(tiny)
     shown = run("sessions undo s --chunks 2").stderr
-    assert re.match(r"s now has 81 tokens and ends '.*'", shown)
+    assert re.match(r"s now has 81 tokens \(-21\) and ends '.*'", shown)
     assert before.startswith(text_of("s")) and text_of("s") != before
     run("sessions redo s")
     assert text_of("s") == before
+    run("sessions note s whole")
+    assert "choose another name" in refused("sessions note s v3")
     run("sessions rewind s 42")
     assert text_of("s") == PROMPT
+    run("sessions rewind s whole")
+    assert text_of("s") == before
+    run("sessions rewind s 42")
     assert "nothing to redo" in refused("sessions redo s")
     assert "it has 3" in refused("sessions undo s --chunks 9")
     assert "has no version or note 'v99'" in refused("sessions rewind s v99")
@@ -135,8 +140,8 @@ def test_show_draws_the_tree_of_versions(tiny: str, here: Path) -> None:
     session.close()
     shown = run("sessions show s").stdout.splitlines()
     assert shown[0].startswith("s: 72 tokens on ")
-    assert re.search(r"├── v1, 102 tokens, adapter 6, perplexity [\d.]+ \(base [\d.]+\)", shown[1])
-    assert any(re.search(r"\* v\d, 72 tokens, adapter 4, .*“the storm”", line) for line in shown)
+    assert re.search(r"├── v1, 102 tokens, 6 updates, perplexity [\d.]+ \(base [\d.]+\)", shown[1])
+    assert any(re.search(r"v\d, 72 tokens, 4 updates, .*“the storm”", line) for line in shown)
     assert "now: 72 tokens" in shown[-1]
     listed = run("sessions ls").stdout.splitlines()
     assert re.search(r"^ s +72 +4 +[\d.]+ +\S+ +default", listed[1])

@@ -1,5 +1,7 @@
 """Finding and reading a pretrained model, with errors that say what to do about it."""
 
+import re
+import textwrap
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -88,6 +90,7 @@ def _read(name: str, reader: Callable[..., Any], place: str, **kwargs: object) -
     try:
         return reader(place, **kwargs)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        words = re.sub(r"'?https?://\S+", "the hub", str(error))
+        reason = textwrap.shorten(words, 200, placeholder=" …")
         cure = f"the embedded base is {EMBEDDED!r}; else give a local folder or a hub id"
         raise ModelNotFound(f"cannot load {name}: {reason} ({cure})") from error

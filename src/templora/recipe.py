@@ -181,17 +181,18 @@ def refuse_unknown(what: str, names: Iterable[str], known: Iterable[str]) -> Non
     """See that each is one of those that are known.
 
     Raises:
-        InvalidRecipe: with the nearest of those.
+        InvalidRecipe: with the nearest of those, or all.
     """
     known = list(known)
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
-            raise InvalidRecipe(f"unknown {what} {str(name)!r}; the nearest known one is {near[0]!r}")
+            near = difflib.get_close_matches(str(name), known, n=1)
+            cure = f"the nearest known one is {near[0]!r}" if near else f"known are {', '.join(known)}"
+            raise InvalidRecipe(f"unknown {what} {str(name)!r}; {cure}")
 
 
 def _refuse_unknown(values: Mapping[str, Any]) -> None:
-    refuse_unknown("recipe key", values, Recipe.model_fields.keys() - {"fixed"})
+    refuse_unknown("recipe key", values, [name for name in Recipe.model_fields if name != "fixed"])
 
 
 def _validated(values: Mapping[str, Any]) -> Recipe:

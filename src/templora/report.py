@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +21,7 @@ from rich.text import Text
 
 from templora.errors import OutputError
 from templora.events import ChunkScored, Event, Token, Warned
-from templora.metrics import Tally, perplexity
+from templora.metrics import Tally, count
 
 
 class Sink(AbstractContextManager["Sink"], Protocol):
@@ -37,42 +37,43 @@ class Sink(AbstractContextManager["Sink"], Protocol):
 
 
 class Status:
-    """What the status line says, kept up to date by events. goal: tokens to write, None if unknown."""
+    """What the status line says, kept up to date by events. goal: tokens to write, None if unknown.
+
+    base, adapted: what was scored; once something is written, of that alone, as the last line of all has it.
+    """
 
     def __init__(self, goal: int | None, window: int) -> None:
         self.goal, self.window = goal, window
         self.tokens, self.chunk = 0, 0
-        self.base: float | None = None
-        self.adapted: float | None = None
+        self.base, self.adapted = Tally(), Tally()
         self._started: float | None = None
         self._process = psutil.Process()
 
     def take(self, event: Event) -> None:
         """Note what the event tells."""
         if isinstance(event, Token):
+            if self._started is None:
+                # The clock starts at the first token, so that loading and prefill do not bend the rate.
+                self._started = time.perf_counter()
+                self.base, self.adapted = Tally(), Tally()
             self.tokens += 1
-            # The clock starts at the first token, so that loading and prefill do not bend the rate.
-            self._started = self._started or time.perf_counter()
         elif isinstance(event, ChunkScored):
             self.chunk = event.chunk + 1
-            self.adapted = perplexity(event.adapted_nll, event.tokens)
-            self.base = None if event.base_nll is None else perplexity(event.base_nll, event.tokens)
+            count(event, self.base, self.adapted)
 
-    def line(self) -> str:
-        """Tokens, rate, ETA, window, chunk, perplexity of the last chunk, resident memory."""
-        parts = [f"{self.tokens:,}" + (f"/{self.goal:,}" if self.goal else "") + " tokens"]
+    def line(self, width: int) -> str:
+        """Perplexity, tokens, rate, ETA, chunk, window, resident memory: as many as there is room for."""
+        parts = [_perplexities(self.base, self.adapted)] if self.adapted.tokens else []
+        parts.append(f"{self.tokens:,}" + (f"/{self.goal:,}" if self.goal else "") + " tokens")
         elapsed = time.perf_counter() - self._started if self._started else 0.0
         if elapsed > 0 and self.tokens > 1:
             rate = (self.tokens - 1) / elapsed
             parts.append(f"{rate:.1f} tokens/s")
             if self.goal:
                 parts.append(f"ETA {_clock((self.goal - self.tokens) / rate)}")
-        parts += [f"window {self.window}", f"chunk {self.chunk}"]
-        if self.adapted is not None:
-            before = "" if self.base is None else f"base {self.base:.2f} → "
-            parts.append(f"perplexity {before}adapter {self.adapted:.2f}")
+        parts += [f"chunk {self.chunk}", f"window {self.window}"]
         parts.append(f"{self._process.memory_info().rss / 2**20:,.0f} MB")
-        return " · ".join(parts)
+        return _fitted(parts, width)
 
 
 class Screen:
@@ -100,7 +101,7 @@ class Screen:
             self._stream(event.text)
         elif isinstance(event, Warned):
             self._live.console.print(Text(f"warning: {event.message}", style="yellow"))
-        status = Text(self._status.line(), style="dim", overflow="ellipsis", no_wrap=True)
+        status = Text(self._status.line(self._console.width), style="dim", overflow="ellipsis", no_wrap=True)
         self._live.update(Group(Text(self._line), Text(), status), refresh=True)
 
     def echo(self, text: str) -> None:
@@ -142,26 +143,18 @@ class ScoreStatus:
 
     def passages(self, done: int, goal: int, base: Tally, adapted: Tally) -> None:
         """Passages done, and the perplexities of their translations so far."""
-        if self._live is None or not adapted.tokens:
-            return
-        before = f"base {base.perplexity:.2f} → " if base.perplexity else ""
-        parts = [self._document, f"{done:,}/{goal:,} passages"]
-        line = " · ".join([*parts, f"perplexity {before}adapter {adapted.perplexity:.2f}"])
-        self._live.update(Text(line, style="dim", overflow="ellipsis", no_wrap=True), refresh=True)
+        self._show([f"{done:,}/{goal:,} passages"], base, adapted)
 
     def show(self, base: Tally, adapted: Tally) -> None:
         """Tokens, rate, ETA and the perplexities so far."""
+        rate = max(1, adapted.tokens) / (time.perf_counter() - self._started)
+        tokens, left = f"{adapted.tokens:,}/{self._goal:,} tokens", (self._goal - adapted.tokens) / rate
+        self._show([tokens, f"ETA {_clock(left)}", f"{rate:.0f} tokens/s"], base, adapted)
+
+    def _show(self, parts: list[str], base: Tally, adapted: Tally) -> None:
         if self._live is None or not adapted.tokens:
             return
-        rate = adapted.tokens / (time.perf_counter() - self._started)
-        parts = [
-            self._document,
-            f"{adapted.tokens:,}/{self._goal:,} tokens",
-            f"{rate:.0f} tokens/s",
-            f"ETA {_clock((self._goal - adapted.tokens) / rate)}",
-            "perplexity" + (f" base {base.perplexity:.2f} →" if base.perplexity else ""),
-        ]
-        line = f"{' · '.join(parts)} adapter {adapted.perplexity:.2f}"
+        line = _fitted([_perplexities(base, adapted), *parts, self._document], self._live.console.width)
         self._live.update(Text(line, style="dim", overflow="ellipsis", no_wrap=True), refresh=True)
 
 
@@ -295,6 +288,24 @@ def _close_quietly(file: IO[str]) -> None:
     # Closing flushes once more; the failure has been reported already.
     with suppress(OSError):
         file.close()
+
+
+def _perplexities(base: Tally, adapted: Tally) -> str:
+    """What the adapter is worth; adapted must hold something."""
+    now, before = adapted.perplexity, base.perplexity
+    if now is None or before is None:
+        return f"perplexity {now:.2f}"
+    return f"perplexity base {before:.2f} → adapter {now:.2f} ({100 * (now / before - 1):+.1f} %)"
+
+
+def _fitted(parts: Sequence[str], width: int) -> str:
+    """As many of the first parts as a line has room for, and one at least."""
+    line = parts[0]
+    for part in parts[1:]:
+        if len(line) + len(part) + 3 > width:
+            break
+        line += f" · {part}"
+    return line
 
 
 def _clock(seconds: float) -> str:

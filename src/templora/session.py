@@ -162,6 +162,8 @@ class Session:
         self._check_open()
         if not self.ids and not (self.base.has_tokenizer and self.base.prefix_ids):
             raise InvalidText("the prompt is empty and this base has no start token; give a prompt")
+        if tokens < 0:
+            raise InvalidText(f"cannot write {tokens} tokens; give a number of 0 or more")
         if sampling is not None and sampling_wishes:
             raise InvalidRecipe(
                 f"sampling and {', '.join(sampling_wishes)} were both given; give one of them"
@@ -301,7 +303,9 @@ class Session:
         yield from announced
 
     def _fitting(self, wished: Recipe) -> list[Event]:
-        changed = [n for n in sorted(SIZES) if getattr(self.recipe, n) != getattr(wished, n)]
+        # A context that follows a smaller window is what was asked for, and no news.
+        free = fit(wished.window, wished.chunk, wished.context, None, wished.fixed)
+        changed = [n for n in sorted(SIZES) if getattr(self.recipe, n) != getattr(free, n)]
         if not changed:
             return []
         sizes = ", ".join(f"{n} {getattr(wished, n)} → {getattr(self.recipe, n)}" for n in changed)

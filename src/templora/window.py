@@ -95,7 +95,8 @@ def fit(
                 [{"window": window, "context": context}[n] for n in fixed & {"window", "context"}],
                 default=0,
             )
-            chunk = min(chunk, max(1, positions - taken if taken else positions // 2))
+            room = positions - taken if taken else positions // 2
+            chunk = min(chunk, room) if room > 0 else chunk
         if "window" not in fixed:
             window = max(1, min(window, positions - chunk))
         if "context" not in fixed:

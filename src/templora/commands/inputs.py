@@ -1,6 +1,7 @@
 """What commands are given: a base, a recipe, text files. Torch is imported when a base is loaded."""
 
 import lzma
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ def load_base(model: str, dtype: str | None, device: str | None) -> "Base":
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    getLogger("huggingface_hub").setLevel(ERROR)  # it tells of each retry
     return load(model, dtype=dtype, device=device)
 
 

@@ -7,7 +7,9 @@ import typer
 Model = Annotated[str, typer.Option(help="novelist, a local folder, or a hub id.")]
 RecipeName = Annotated[str, typer.Option(help="default, paper, or a YAML file.")]
 Pairs = Annotated[list[str] | None, typer.Option("--set", help="Recipe key=value; may be repeated.")]
-Window = Annotated[int | None, typer.Option(help="Tokens visible before a chunk.")]
-Context = Annotated[int | None, typer.Option(help="Tokens visible while a chunk is learned.")]
+Window = Annotated[int | None, typer.Option(help="Tokens visible before a chunk; else the recipe's.")]
+Context = Annotated[
+    int | None, typer.Option(help="Tokens visible while a chunk is learned; else as the window.")
+]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, …")]

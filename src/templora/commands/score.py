@@ -55,6 +55,10 @@ def score(
 ) -> None:
     """Score texts."""
     with one_line_errors():
+        if plot is not None:
+            from templora.bench.plot import canvas
+
+            canvas()  # what cannot be drawn is said before hours of scoring
         made = load_recipe(recipe, set_ or [], {"window": window, "chunk": chunk, "context": context})
         job = Job(load_base(model, dtype, device), made, seed, tokens, skip, base)
         results = Results(json_, resume=resume)

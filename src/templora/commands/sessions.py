@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from templora.store import Store
     from templora.versions import Version
 
-app = typer.Typer(no_args_is_help=True, help="Sessions on disk: ls, show, undo, rewind, fork, export, rm.")
+app = typer.Typer(no_args_is_help=True, help="Sessions on disk: their past, copies, export, repair.")
 Folder = Annotated[Path, typer.Argument(help="The session's folder.")]
 
 
@@ -34,17 +34,19 @@ def ls(folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path()) 
     with one_line_errors():
         if not folder.is_dir():
             raise NotASession(f"no folder {folder}; check the name")
-        table = Table("session", "tokens", "chunks", "perplexity", "base", "recipe", box=None)
+        table = Table("session", "tokens", "chunks", "perplexity", "base", "recipe", "MB", box=None)
         for path in shelf.find(folder):
             try:
                 head, history = shelf.look(path)
             except TemploraError as error:
-                table.add_row(str(path), "", "", "", "", f"cannot be opened: {error}")
+                table.add_row(str(path), *[""] * 4, f"cannot be opened: {error}")
                 continue
             _, adapted = scores(history)
             perplexity = f"{adapted.perplexity:.2f}" if adapted.perplexity else ""
             counts = (f"{len(history.ids):,}", f"{len(history.learned):,}")
-            table.add_row(str(path), *counts, perplexity, head["base"]["name"], head["recipe"]["name"])
+            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 2**20
+            names = (head["base"]["name"], head["recipe"]["name"])
+            table.add_row(str(path), *counts, perplexity, *names, f"{size:,.0f}")
         Console(highlight=False).print(table)
 
 
@@ -68,24 +70,22 @@ def show(folder: Folder) -> None:
         here = [v.number for v in versions if shelf.leads_to(v, history)]
         for version in versions:
             parent = next((branches[n] for n in reversed(version.ancestors) if n in branches), root)
-            branches[version.number] = parent.add(
-                _line(version, names, bool(here) and version.number == here[-1])
-            )
+            branches[version.number] = parent.add(_line(version, names))
         end: Tree = branches[here[-1]] if here else root
         end.add(f"now: {len(history.ids):,} tokens, {_last_words(history)!r}")
         Console(highlight=False).print(root)
 
 
-def _line(version: "Version", names: dict[int, list[str]], newest: bool) -> str:
+def _line(version: "Version", names: dict[int, list[str]]) -> str:
     from templora.metrics import perplexity
 
-    parts = [version.name, f"{version.tokens:,} tokens", f"adapter {version.adapter}"]
+    parts = [version.name, f"{version.tokens:,} tokens", f"{version.adapter:,} updates"]
     if version.scored:
         adapted = f"perplexity {perplexity(version.adapted_nll, version.scored):.2f}"
         bare = version.base_scored and f" (base {perplexity(version.base_nll, version.base_scored):.2f})"
         parts.append(adapted + (bare or ""))
     parts += [f"“{name}”" for name in names.get(version.number, [])]
-    return ("* " if newest else "") + ", ".join(parts)
+    return ", ".join(parts)
 
 
 def _last_words(history: "History") -> str:
@@ -101,9 +101,11 @@ def _opened(folder: Path) -> "Generator[Store]":
         try:
             for warning in store.warnings:
                 say(f"warning: {warning}")
+            before = len(store.history.ids)
             yield store
             tokens, words = len(store.history.ids), _last_words(store.history)
-            say(f"{folder} now has {tokens:,} tokens and ends {words!r}")
+            moved = f" ({tokens - before:+,})" if tokens != before else ""
+            say(f"{folder} now has {tokens:,} tokens{moved} and ends {words!r}")
         finally:
             store.close()
 
@@ -132,6 +134,16 @@ def rewind(
     """Go to an earlier moment, or to one on another branch."""
     with _opened(folder) as store:
         store.rewind(int(to) if to.isdigit() else to)
+
+
+@app.command()
+def note(folder: Folder, name: Annotated[str, typer.Argument(help="For `rewind` and `fork --to`.")]) -> None:
+    """Give this moment a name."""
+    with _opened(folder) as store:
+        if name.removeprefix("v").isdigit():
+            raise InvalidRecipe(f"{name!r} means a number of tokens or a version; choose another name")
+        here = [own for own in store.usable() if own.tokens == len(store.history.ids)]
+        store.note(name, here[-1].number if here else None)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """`templora write`: continue a text, learning it on the way."""
 
 import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from templora.commands.inputs import sampling_for, text_of
+from templora.commands.inputs import decoded, sampling_for, text_of
 from templora.commands.opening import (
     Wanted,
     begun,
@@ -58,13 +59,15 @@ Continue a text, learning it on the way.
 def write(
     context_: typer.Context,
     prompt: Annotated[str | None, typer.Argument(help="The text to continue.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="A file that holds the prompt.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A file with the prompt; - is stdin.")] = None,
     read: Annotated[list[Path] | None, typer.Option(help="Text to learn first; may be repeated.")] = None,
     session: Annotated[
         Path | None, typer.Option(help="A folder that keeps text and adapter; continued if it exists.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write.")] = 1000,
-    out: Annotated[Path | None, typer.Option(help="Where the text is saved. Never overwrites.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A new file for the text, or the one from --read, which goes on.")
+    ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help='Several prompts: one a line, or .jsonl with "prompt" and "name".')
     ] = None,
@@ -77,10 +80,15 @@ def write(
     chunk: Annotated[int | None, typer.Option(help="Tokens written, then learned.")] = None,
     context: Context = None,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
-    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
-    top_k: Annotated[int | None, typer.Option()] = None,
-    top_p: Annotated[float | None, typer.Option()] = None,
-    min_p: Annotated[float | None, typer.Option()] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="0: the likeliest token. This and the next: by default the model's own."),
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens; 0 switches it off.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Only the likeliest that make up p; 1: off.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Only those with p times the likeliest's; 0: off.")
+    ] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="1 switches it off.")] = None,
     dry_multiplier: Annotated[
         float | None, typer.Option(help="DRY: against spans that repeat; 0 switches it off.")
@@ -107,6 +115,10 @@ def write(
             how = {"stop": stop or (), "stop_at_eos": stop_at_eos, "score_base": base}
             write_all(wanted, prompts, out_dir, batch, {"tokens": tokens, "draw": sampling, **how}, json=json)
             return
+        if lost := given(context_) & {"batch", "out_dir"}:
+            raise InvalidRecipe(
+                f"--{min(lost).replace('_', '-')} goes with --prompts; leave it out, or give both"
+            )
         if parallel and session is not None:
             raise InvalidRecipe("a session on disk learns in turn; leave out --parallel or --session")
         goes_on = bool(read) or (session is not None and exists(session))
@@ -203,7 +215,10 @@ def _closing_lines(job: _Job, end: "End | None") -> None:
 def _opening(prompt: str | None, prompt_file: Path | None, goes_on: bool) -> str:
     if prompt is not None and prompt_file is not None:
         raise InvalidText("a prompt and --prompt-file were both given; give one of them")
-    text = text_of(prompt_file) if prompt_file is not None else prompt or ""
+    if prompt_file == Path("-"):
+        text = decoded(sys.stdin.buffer.read(), Path("stdin"))
+    else:
+        text = text_of(prompt_file) if prompt_file is not None else prompt or ""
     if not text.strip() and not goes_on:
         raise InvalidText('the prompt is empty; say for example: templora write "It was a dark night"')
     return text
