@@ -187,9 +187,9 @@ class Results:
 def _entries(path: Path) -> list[dict[str, Any]]:
     try:
         entries = json.loads(path.read_text("utf-8"))
-        if all("document" in entry for entry in entries):
+        if all({"document", "config", "seed"} <= entry.keys() for entry in entries):
             return entries
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, AttributeError):
         pass
     raise OutputError(f"{path} does not hold results of scoring; choose another file for them")
 
