@@ -118,7 +118,7 @@ def main() -> None:
     arguments = parser(__doc__ or "", rounds=1)
     arguments.add_argument("--tokens", type=int, default=100_000)
     arguments.add_argument("--window", type=int, default=512)
-    arguments.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    arguments.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     arguments.add_argument("--processes", type=int, default=1, help="texts written at the same time")
     wishes = arguments.parse_args()
     tokens, window = (400, 64) if wishes.toy else (wishes.tokens, wishes.window)

@@ -221,8 +221,7 @@ def test_results_of_different_runs_are_not_mixed(
 ) -> None:
     book, out = tmp_path / "book.txt", tmp_path / "scores.json"
     book.write_text(TEXT, "utf-8")
-    words = ["score", book, "--model", folder, "--window", "32", "--chunk", "16", "--context", "32"]
-    words += ["--json", out, "--resume"]
+    words = ["score", book, "--model", folder, "--window", "32", "--json", out, "--resume"]
     assert run(*words, "--tokens", "60")[0] == 0
     before = out.read_text("utf-8")
     assert run(*words, "--tokens", "60")[0] == 0

@@ -21,7 +21,7 @@ from templora.gated_mlp import GatedMlp, gated_mlps
 from templora.injection import Site, standing_in
 from templora.lora_linear import LoraLinear
 from templora.merging import Fleeting, MergedCopy, can_merge
-from templora.probe import is_watched
+from templora.probe import Watch, is_watched
 from templora.recipe import Recipe
 from templora.start import begin
 
@@ -51,6 +51,7 @@ class Adapter:
         self.squares = (
             None if known is None else (_squares(a for a, _ in known), _squares(b for _, b in known))
         )
+        self._watched = Watch(site.original for site in self.sites)
         self._layers = [site.lora if recipe.dropout > 0 else _layer(site) for site in self.sites]
         lean = any(isinstance(layer, LoraLinear) for layer in self._layers)
         self._mlps = list(gated_mlps(model, self.sites)) if lean else []
@@ -92,13 +93,14 @@ class Adapter:
             with self.attached():
                 yield
             return
-        for site in self.sites:
-            site.train(False)
         if once and self._merged is None:
             layers = self._fleeting
         else:
             self._merged = self._merged or MergedCopy(self.sites)
             layers = self._merged.of(self.version)
+        if self._watched():
+            for site in self.sites:
+                site.train(False)
         with self._standing(layers):
             yield
 
@@ -167,6 +169,7 @@ class Adapter:
     def discard(self) -> None:
         """Let go of all its tensors; the model keeps no trace of it."""
         self.sites, self._layers, self._mlps, self._lean, self._fleeting = [], [], [], [], []
+        self._watched = Watch([])
         self._merged, self._can_merge, self.squares = None, False, None
         self.flat = self.gradient = torch.empty(0)
         self.a = self.b = nn.Parameter(self.flat)
@@ -174,11 +177,10 @@ class Adapter:
     @contextmanager
     def _standing(self, layers: Sequence[nn.Module]) -> Generator[None]:
         """These stand in; but where someone watches the model's own layer, PEFT's does, which calls it."""
-        chosen = list(layers)
-        for place, site in enumerate(self.sites):
-            if is_watched(site.original):
-                chosen[place] = site.lora
-        with standing_in(self.sites, chosen):
+        if self._watched():
+            pairs = zip(self.sites, layers, strict=True)
+            layers = [site.lora if is_watched(site.original) else layer for site, layer in pairs]
+        with standing_in(self.sites, layers):
             yield
 
     def _is_at(self, version: int) -> None:

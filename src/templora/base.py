@@ -40,7 +40,7 @@ class Base:
         self.start = start.read(model.config.name_or_path or "")
         self._tokenizer = tokenizer
         self._probe: Probe = probe(model)
-        self._step, self._watched = array_step.step_of(model), Watch(model)
+        self._step, self._watched = array_step.step_of(model), Watch(model.modules())
         text = model.config.get_text_config()
         self.positions: int | None = next((n for key in POSITIONS if (n := getattr(text, key, None))), None)
         self.vocabulary: int = text.vocab_size

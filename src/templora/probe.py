@@ -3,6 +3,7 @@
 A model that cannot carry an adapter is refused here, with the reason, before any work starts.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,10 +51,10 @@ def is_watched(module: nn.Module) -> bool:
 
 
 class Watch:
-    """`is_watched` of all modules that a model has now, cheap enough to be asked at each token."""
+    """`is_watched` of any of these modules, cheap enough to be asked at each token."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._modules = [module.__dict__ for module in model.modules()]
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = [module.__dict__ for module in modules]
         self._hooks = [own[kind] for own in self._modules for kind in HOOKS]
 
     def __call__(self) -> bool:

@@ -27,7 +27,7 @@ from templora.recipe import SIZES, Recipe
 from templora.recipe import load as load_recipe
 from templora.sampling import Sampler, Sampling
 from templora.study import Study
-from templora.window import Span, fit
+from templora.window import Plan, Span, fit
 
 if TYPE_CHECKING:
     from templora.tasks.translate import Passage
@@ -46,6 +46,17 @@ class Reading:
     adapted_perplexity: float | None
 
 
+def fitted(base: Base, recipe: Recipe) -> tuple[Plan, Recipe]:
+    """The sizes that this base can hold, and the recipe with them.
+
+    Raises:
+        WindowTooLarge: those that were asked for cannot fit.
+    """
+    sizes = {name: getattr(recipe, name) for name in SIZES}
+    plan = fit(**sizes, positions=base.positions, fixed=recipe.fixed)
+    return plan, recipe.model_copy(update={name: getattr(plan, name) for name in SIZES})
+
+
 class Session:
     """A text with its adapter, optimiser and random state on one base.
 
@@ -62,9 +73,7 @@ class Session:
     ) -> None:
         self.base, self.seed = base, seed
         wished = load_recipe(recipe, overrides)
-        sizes = {name: getattr(wished, name) for name in SIZES}
-        self.plan = fit(**sizes, positions=base.positions, fixed=wished.fixed)
-        self.recipe = wished.model_copy(update={name: getattr(self.plan, name) for name in SIZES})
+        self.plan, self.recipe = fitted(base, wished)
         self._start_afresh()
         self.ids: list[int] = []
         self._text = io.StringIO()

@@ -111,8 +111,10 @@ class Job:
         Raises:
             OutputError: it was made in another way.
         """
+        from templora.session import fitted
+
         earlier = {"model": entry["config"]["model"], "seed": entry["seed"], **entry["config"]["recipe"]}
-        recipe = self.recipe.model_dump(mode="json")
+        recipe = fitted(self.base, self.recipe)[1].model_dump(mode="json")
         now = {"model": self.base.name, "seed": self.seed, **recipe}
         if "asked" in entry:  # results of old do not say
             earlier, now = earlier | entry["asked"], now | self.asked
