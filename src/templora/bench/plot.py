@@ -20,19 +20,17 @@ def plot_by_position(
         OutputError: matplotlib is not installed, or the picture cannot be written.
     """
     groups = results if isinstance(results, Mapping) else {"": results}
-    named = len(groups) > 1
     figure, (axes,) = canvas()
     for name, group in groups.items():
+        own = f", {name}" if len(groups) > 1 else ""
         longest = max((entry["tokens"] for entry in group), default=0)
         step = max(1, longest // BINS)
         bins = [(start, start + step) for start in range(0, longest, step)]
         points = [(span[0] + step / 2, b, a) for span, b, a in by_position(group, bins) if a.tokens]
         places = [place for place, _, _ in points]
-        axes.plot(
-            places, [a.perplexity for _, _, a in points], label="base and adapter" + named * f", {name}"
-        )
+        axes.plot(places, [a.perplexity for _, _, a in points], label=f"base and adapter{own}")
         if all(b.tokens for _, b, _ in points):
-            axes.plot(places, [b.perplexity for _, b, _ in points], "--", label="base" + named * f", {name}")
+            axes.plot(places, [b.perplexity for _, b, _ in points], "--", label=f"base{own}")
     axes.set(xlabel="position in the text (tokens)", ylabel="perplexity", ylim=(0, None))
     save(figure, [axes], path)
 
