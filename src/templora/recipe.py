@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from templora.errors import InvalidRecipe
+from templora.window import Plan, fit
 
 SIZES = frozenset({"window", "chunk", "context"})
 # vLLM refuses LoRA ranks outside this list, and what we save is meant to be served there.
@@ -120,6 +121,16 @@ def load(recipe: "str | Path | Recipe", overrides: Mapping[str, Any] | None = No
     given = {k: v for k, v in (overrides or {}).items() if v is not None or k not in SIZES}
     fixed |= SIZES & given.keys()
     return _validated(values | given | {"fixed": fixed})
+
+
+def fitted(recipe: Recipe, positions: int | None) -> tuple[Plan, Recipe]:
+    """The sizes that a base with so many positions can hold, and the recipe with them.
+
+    Raises:
+        WindowTooLarge: those that were asked for cannot fit.
+    """
+    plan = fit(recipe.window, recipe.chunk, recipe.context, positions, recipe.fixed)
+    return plan, recipe.model_copy(update={name: getattr(plan, name) for name in SIZES})
 
 
 def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:

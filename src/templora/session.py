@@ -23,11 +23,11 @@ from templora.memory import fits_in_memory
 from templora.metrics import Tally, count
 from templora.passes import Passes
 from templora.pen import Pen, Wishes
-from templora.recipe import SIZES, Recipe
+from templora.recipe import SIZES, Recipe, fitted
 from templora.recipe import load as load_recipe
 from templora.sampling import Sampler, Sampling
 from templora.study import Study
-from templora.window import Plan, Span, fit
+from templora.window import Span
 
 if TYPE_CHECKING:
     from templora.tasks.translate import Passage
@@ -46,17 +46,6 @@ class Reading:
     adapted_perplexity: float | None
 
 
-def fitted(base: Base, recipe: Recipe) -> tuple[Plan, Recipe]:
-    """The sizes that this base can hold, and the recipe with them.
-
-    Raises:
-        WindowTooLarge: those that were asked for cannot fit.
-    """
-    sizes = {name: getattr(recipe, name) for name in SIZES}
-    plan = fit(**sizes, positions=base.positions, fixed=recipe.fixed)
-    return plan, recipe.model_copy(update={name: getattr(plan, name) for name in SIZES})
-
-
 class Session:
     """A text with its adapter, optimiser and random state on one base.
 
@@ -73,7 +62,7 @@ class Session:
     ) -> None:
         self.base, self.seed = base, seed
         wished = load_recipe(recipe, overrides)
-        self.plan, self.recipe = fitted(base, wished)
+        self.plan, self.recipe = fitted(wished, base.positions)
         self._start_afresh()
         self.ids: list[int] = []
         self._text = io.StringIO()
@@ -313,7 +302,7 @@ class Session:
 
     def _fitting(self, wished: Recipe) -> list[Event]:
         # A context that follows a smaller window is what was asked for, and no news.
-        free = fit(wished.window, wished.chunk, wished.context, None, wished.fixed)
+        free, _ = fitted(wished, None)
         changed = [n for n in sorted(SIZES) if getattr(self.recipe, n) != getattr(free, n)]
         if not changed:
             return []

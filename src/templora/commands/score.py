@@ -16,6 +16,7 @@ from templora.commands.options import Context, Device, Dtype, Model, Pairs, Reci
 from templora.commands.running import INTERRUPTED, interruptible, one_line_errors, say
 from templora.errors import InvalidText, OutputError, TemploraError
 from templora.events import ChunkScored
+from templora.recipe import fitted
 
 if TYPE_CHECKING:
     from templora.base import Base
@@ -111,10 +112,8 @@ class Job:
         Raises:
             OutputError: it was made in another way.
         """
-        from templora.session import fitted
-
         earlier = {"model": entry["config"]["model"], "seed": entry["seed"], **entry["config"]["recipe"]}
-        recipe = fitted(self.base, self.recipe)[1].model_dump(mode="json")
+        recipe = fitted(self.recipe, self.base.positions)[1].model_dump(mode="json")
         now = {"model": self.base.name, "seed": self.seed, **recipe}
         if "asked" in entry:  # results of old do not say
             earlier, now = earlier | entry["asked"], now | self.asked
