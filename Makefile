@@ -6,10 +6,11 @@ MODEL ?= novelist
 ARGS ?=
 
 BIN := .venv/bin
+TESTS := $(BIN)/python -m pytest -q -n logical --dist worksteal
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help write test check bench clean
+.PHONY: help write test check lint bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
@@ -18,13 +19,15 @@ write: .venv/.core ## continue a novel (PROMPT="…" TOKENS=400 MODEL=novelist A
 	@$(BIN)/templora write "$(PROMPT)" --tokens $(TOKENS) --model "$(MODEL)" $(ARGS)
 
 test: .venv/.dev ## all tests
-	$(BIN)/python -m pytest -q -m "not gpu and not network"
+	$(TESTS) -m "not gpu and not network"
 
-check: .venv/.dev ## lint, types and the fast tests
+lint: .venv/.dev ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest -q -m "not slow and not gpu and not network"
+
+check: lint ## style, types and the fast tests
+	$(TESTS) -m "not slow and not gpu and not network"
 
 bench: .venv/.dev ## all benchmarks against the plain loop (hours); results in docs/benchmarks
 	for name in roofline learn score write long_window own_text sessions batch parallel; do $(BIN)/python -m benchmarks.$$name || exit 1; done

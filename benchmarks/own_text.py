@@ -5,10 +5,12 @@ alone. By position: distinct 4-grams, entropy of the words used, and perplexity 
 bare base; over the whole: the longest span that stands in it twice.
 """
 
+import json
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import product
 from math import log2
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -97,7 +99,7 @@ def longest_repeat(ids: list[int]) -> int:
     return least
 
 
-def plot(results: list[dict[str, Any]], tokens: int, path: Any) -> None:
+def plot(results: list[dict[str, Any]], tokens: int, path: Path) -> None:
     """The figures by position, a panel each, a colour for each side, a line for each seed."""
     figure, panels = canvas(len(PICTURES))
     places = [(part + 0.5) * tokens / PARTS for part in range(PARTS)]
@@ -113,18 +115,8 @@ def plot(results: list[dict[str, Any]], tokens: int, path: Any) -> None:
     save_plot(figure, panels, path)
 
 
-def main() -> None:
-    """Write, measure, save."""
-    arguments = parser(__doc__ or "", rounds=1)
-    arguments.add_argument("--tokens", type=int, default=100_000)
-    arguments.add_argument("--window", type=int, default=512)
-    arguments.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    arguments.add_argument("--processes", type=int, default=1, help="texts written at the same time")
-    wishes = arguments.parse_args()
-    tokens, window = (400, 64) if wishes.toy else (wishes.tokens, wishes.window)
-    with ThreadPoolExecutor(wishes.processes) as pool:
-        jobs = [(side, tokens, window, seed) for side, seed in product(SIDES, wishes.seeds)]
-        results = list(pool.map(lambda job: in_child(write, *job), jobs))
+def report(out: Path, tokens: int, window: int, results: list[dict[str, Any]]) -> None:
+    """JSON, table and picture of the texts so far."""
     rows = [
         [
             r["side"],
@@ -142,9 +134,42 @@ def main() -> None:
     heads = ["", "seed", "distinct-4", "least part", "last part", "longest repeat", "entropy"]
     heads += ["perplexity, bare base", "guard"]
     about = f"{tokens:,} tokens written by `novelist`, window {window}; least, last: of its {PARTS} parts"
-    page = f"{about}\n\n{table(heads, rows)}"
-    save(wishes.out, "own_text", {"tokens": tokens, "window": window, "results": results}, page)
-    plot(results, tokens, wishes.out / "own_text.png")
+    whole = {"tokens": tokens, "window": window, "results": results}
+    save(out, "own_text", whole, f"{about}\n\n{table(heads, rows)}")
+    plot(results, tokens, out / "own_text.png")
+
+
+def earlier(out: Path, tokens: int, window: int) -> list[dict[str, Any]]:
+    """The texts of this length and window that are in the folder already."""
+    path = out / "own_text.json"
+    whole = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    same = (whole.get("tokens"), whole.get("window")) == (tokens, window)
+    return whole["results"] if same else []
+
+
+def main() -> None:
+    """Write, measure, save: after each text, since they take long."""
+    arguments = parser(__doc__ or "", rounds=1)
+    arguments.add_argument("--tokens", type=int, default=100_000)
+    arguments.add_argument("--window", type=int, default=512)
+    arguments.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    arguments.add_argument("--processes", type=int, default=1, help="texts written at the same time")
+    arguments.add_argument("--resume", action="store_true", help="keep the texts that are in the folder")
+    wishes = arguments.parse_args()
+    tokens, window = (400, 64) if wishes.toy else (wishes.tokens, wishes.window)
+    jobs = list(product(SIDES, wishes.seeds))
+    kept = earlier(wishes.out, tokens, window) if wishes.resume else []
+    done = {(r["side"], r["seed"]): r for r in kept}
+    with ThreadPoolExecutor(wishes.processes) as pool:
+        running = [
+            pool.submit(in_child, write, side, tokens, window, seed)
+            for side, seed in jobs
+            if (side, seed) not in done
+        ]
+        for text in as_completed(running):
+            result = text.result()
+            done[result["side"], result["seed"]] = result
+            report(wishes.out, tokens, window, [done[job] for job in jobs if job in done])
 
 
 if __name__ == "__main__":

@@ -82,7 +82,9 @@ def test_several_texts_at_once_come_to_what_each_does_alone(run: Runs) -> None:
 
 @pytest.mark.slow
 def test_a_text_of_its_own_is_written_and_measured(run: Runs, tmp_path: Path) -> None:
-    sides = run("own_text")["results"]
+    first = run("own_text", "--seeds", "1")["results"]
+    sides = run("own_text", "--resume")["results"]
+    assert [side for side in sides if side["seed"] == 1] == first
     assert [side["side"] for side in sides[::2]] == ["guard", "no guard", "no adapter"]
     assert [side["seed"] for side in sides] == [1, 2] * 3
     assert all(0 < part["distinct-4"] <= 1 for side in sides for part in side["parts"])

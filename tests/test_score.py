@@ -101,6 +101,15 @@ def test_the_command_writes_results_resumes_and_survives_a_bad_file(folder: Path
     assert [e["document"] for e in json.loads(out.read_text("utf-8"))] == [str(good), str(other)]
 
 
+def test_results_go_to_the_screen_if_asked(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT, "utf-8")
+    words = ["score", str(tmp_path / "a.txt"), "--model", str(folder), "--json", "-"]
+    (entry,) = json.loads(CliRunner().invoke(app, words).stdout)
+    assert entry["tokens"] > 0
+    code, errors = run(*words, "--resume")
+    assert code == 2 and "nothing to resume" in errors
+
+
 def test_what_the_guard_did_is_told(base: Base) -> None:
     scores = score(base, TEXT[:320] + "so " * 100, seed=1, window=64, context=64, chunk=32)
     told = [c["guard"] for c in scores.chunks if "guard" in c]

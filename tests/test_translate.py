@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import resource
 import signal
 import subprocess
@@ -315,7 +314,6 @@ def test_killed_at_any_passage_it_goes_on_as_if_it_had_not_been(tiny: str, here:
             command(shows),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},  # as here: two threads add up in another order
         ) as process:
             assert process.stdout is not None
             process.stdout.readline()
@@ -394,6 +392,18 @@ def test_a_session_keeps_its_source_and_settings(tiny: str, here: Path) -> None:
     assert "passage 0 of de.txt is not what out.txt.session has translated" in done.stderr
     done = CliRunner().invoke(app, ["write", "--session", "out.txt.session", "--tokens", "5"])
     assert "holds a translation; go on with templora translate" in done.stderr
+    for verb in ("show", "export", "undo"):
+        done = CliRunner().invoke(app, ["sessions", verb, "out.txt.session"])
+        assert done.exit_code == 2
+        assert "holds a translation; go on with templora translate" in done.stderr
+
+
+def test_a_translation_stands_among_sessions(tiny: str, here: Path) -> None:
+    run(arguments(tiny))
+    passages = [line for line in journal() if line["op"] == "passage"]
+    tokens = sum(line["tokens"] for line in passages)
+    (row,) = CliRunner().invoke(app, ["sessions", "ls"]).stdout.splitlines()[1:]
+    assert row.split()[:3] == ["out.txt.session", f"{tokens:,}", str(len(passages))]
 
 
 @pytest.mark.parametrize(

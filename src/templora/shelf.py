@@ -10,6 +10,7 @@ from templora import header, journal
 from templora.errors import NotASession, OutputError, SessionDamaged
 from templora.history import History, replayed
 from templora.lock import Lock
+from templora.metrics import Tally
 from templora.versions import Version, Versions
 
 JOURNAL, VERSIONS, LOCK = "journal.jsonl", "versions", "lock"
@@ -29,8 +30,25 @@ def look(folder: Path) -> tuple[header.Header, History]:
         raise NotASession(
             f"{folder} is of an older format; open it once with: templora write --session {folder}"
         )
+    if "translation" in found:
+        raise NotASession(f"{folder} holds a translation; go on with templora translate")
     contents = journal.good(folder / JOURNAL)
     return found, replayed(contents.lines, header.plan_of(found), found["seed"])[0]
+
+
+def summary(folder: Path) -> tuple[header.Header, int, int, Tally]:
+    """Of a session or translation: its header, tokens, chunks or passages, and what the adapter scored."""
+    head, adapted = header.read(folder), Tally()
+    if "translation" not in head:
+        head, history = look(folder)
+        for chunk in history.learned:
+            adapted.add(chunk.adapted_nll, chunk.tokens)
+        return head, len(history.ids), len(history.learned), adapted
+    lines = journal.good(folder / JOURNAL).lines
+    passages = [line for line in lines if line["op"] == "passage"]
+    for line in passages:
+        adapted.add(line["adapted_nll"], line["tokens"])
+    return head, adapted.tokens, len(passages), adapted
 
 
 def names(folder: Path) -> dict[int, list[str]]:

@@ -47,7 +47,7 @@ def score(
     context: Context = None,
     seed: Annotated[int, typer.Option(help="Of the adapter's start.")] = 0,
     base: Annotated[bool, typer.Option(help="Also score under the bare base.")] = True,
-    json_: Annotated[Path | None, typer.Option("--json", help="Where results are stored.")] = None,
+    json_: Annotated[Path | None, typer.Option("--json", help="For results; - is the screen.")] = None,
     plot: Annotated[Path | None, typer.Option(help="A picture: perplexity by position.")] = None,
     resume: Annotated[bool, typer.Option(help="Keep what --json holds; do the rest.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="How many texts at once, each with its adapter.")] = 1,
@@ -62,7 +62,10 @@ def score(
             canvas()  # what cannot be drawn is said before hours of scoring
         made = load_recipe(recipe, set_ or [], {"window": window, "chunk": chunk, "context": context})
         job = Job(load_base(model, dtype, device), made, seed, tokens, skip, base)
-        results = Results(json_, resume=resume)
+        to_screen = json_ == Path("-")
+        if to_screen and resume:
+            raise OutputError("--json - leaves nothing to resume; name a file")
+        results = Results(None if to_screen else json_, resume=resume)
         with interruptible() as interrupted:
             if batch > 1:
                 failed = score_together(job, files, results, interrupted, batch)
@@ -72,8 +75,10 @@ def score(
             from templora.bench.plot import plot_by_position
 
             plot_by_position(results.done, plot)
+        if to_screen:
+            typer.echo(json.dumps(results.done, indent=1))
         if interrupted:
-            say("interrupted; go on with the same command and --resume" if json_ else "interrupted")
+            say("interrupted; go on with the same command and --resume" if results.path else "interrupted")
             raise typer.Exit(INTERRUPTED)
         if failed:
             raise typer.Exit(2)

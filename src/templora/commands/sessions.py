@@ -29,7 +29,6 @@ def ls(folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path()) 
     from rich.table import Table
 
     from templora import shelf
-    from templora.store import scores
 
     with one_line_errors():
         if not folder.is_dir():
@@ -37,13 +36,12 @@ def ls(folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path()) 
         table = Table("session", "tokens", "chunks", "perplexity", "base", "recipe", "MB", box=None)
         for path in shelf.find(folder):
             try:
-                head, history = shelf.look(path)
+                head, tokens, chunks, adapted = shelf.summary(path)
             except TemploraError as error:
                 table.add_row(str(path), *[""] * 4, f"cannot be opened: {error}")
                 continue
-            _, adapted = scores(history)
             perplexity = f"{adapted.perplexity:.2f}" if adapted.perplexity else ""
-            counts = (f"{len(history.ids):,}", f"{len(history.learned):,}")
+            counts = (f"{tokens:,}", f"{chunks:,}")
             size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 2**20
             names = (head["base"]["name"], head["recipe"]["name"])
             table.add_row(str(path), *counts, perplexity, *names, f"{size:,.0f}")
