@@ -236,3 +236,18 @@ def test_the_schema_describes_every_hyper_parameter() -> None:
     adamw = {"beta1", "beta2", "eps", "weight_decay"}
     undescribed = {k for k, f in Recipe.model_fields.items() if not f.description}
     assert undescribed == adamw | {"fixed"}
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "expected"),
+    [
+        ("default", {"window": 1536}, 1536),
+        ("default", {"window": 256}, 256),
+        ("default", {"window": 1536, "context": 512}, 512),
+        ("paper", {"window": 1536, "chunk": 256}, 1024),  # gradients run through it: it stays what it was
+    ],
+)
+def test_the_context_follows_the_window(name: str, asked: dict[str, int], expected: int) -> None:
+    plan, sizes = recipe.fitted(recipe.load(name, asked), 2048)
+    assert (plan.window, plan.context) == (asked["window"], expected)
+    assert sizes.context == expected

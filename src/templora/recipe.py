@@ -51,7 +51,7 @@ class Recipe(BaseModel):
     # Sessions of old do not have the keys with a default: there it was like that.
     start: Literal["random", "learned"] = Field(
         "random",
-        description="random: A; learned: A, B and the rates of B's rows from the base's folder, if there",
+        description="random: A; learned: A, B and what Adam divides by, from the base's folder, if there",
     )
     head: NonNegative = Field(
         0.0, description="the output layer learns as well, with this share of alpha; 0: it does not"
@@ -129,7 +129,9 @@ def fitted(recipe: Recipe, positions: int | None) -> tuple[Plan, Recipe]:
     Raises:
         WindowTooLarge: those that were asked for cannot fit.
     """
-    plan = fit(recipe.window, recipe.chunk, recipe.context, positions, recipe.fixed)
+    follows = recipe.context_from == "cache" and "window" in recipe.fixed and "context" not in recipe.fixed
+    context = recipe.window if follows else recipe.context  # as long a one costs nothing there
+    plan = fit(recipe.window, recipe.chunk, context, positions, recipe.fixed)
     return plan, recipe.model_copy(update={name: getattr(plan, name) for name in SIZES})
 
 
