@@ -6,7 +6,8 @@ from itertools import pairwise
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from templora.detokenizer import Detokenizer
 from templora.loading import EMBEDDED, load_pretrained
@@ -105,3 +106,26 @@ def test_pieces_are_never_taken_back() -> None:
     ids = encoded(BYTES, "one — two")
     so_far = ["".join(pieces(BYTES, ids[:stop])) for stop in range(len(ids) + 1)]
     assert all(later.startswith(earlier) for earlier, later in pairwise(so_far))
+
+
+def falls_back_to_bytes() -> PreTrainedTokenizerFast:
+    """Decodes as Llama 2's tokenizer does; after 256 bytes come three words."""
+    names = [*(f"<0x{byte:02X}>" for byte in range(256)), "▁the", "▁a", "b"]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(steps)  # pyright: ignore[reportAttributeAccessIssue]
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+BYTE_FALLBACK = falls_back_to_bytes()
+
+
+@given(st.lists(st.sampled_from([0x0A, 0x41, 0xE2, 0x82, 0xAC, 256, 257, 258]), max_size=30))
+@example([0x0A, 0xE2, 256])
+def test_bytes_that_make_no_character_stop_nothing(ids: list[int]) -> None:
+    """A model may write them; then all else must come out, once and in order."""
+    text = "".join(pieces(BYTE_FALLBACK, [*ids, 258, 258]))
+    words = {256: "the", 257: "a", 258: "b"}
+    kept = "".join(words.get(token, "") for token in [*ids, 258, 258])
+    assert "".join(c for c in text if c in "theab") == kept

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import templora
-from templora.dry import LONGEST, DryLogitsProcessor, repetitions
+from templora.dry import CROWDED, ENOUGH, LEAST_DISTINCT, LONGEST, DryLogitsProcessor, repetitions
 from templora.events import Token
 from templora.guard import distinct_4
 
@@ -61,3 +61,24 @@ def test_a_loop_ends(temperature: float) -> None:
         ids[multiplier] = [event.id for event in events if isinstance(event, Token)]
         session.discard()
     assert distinct_4(ids[0.0]) < 0.5 < 0.65 < distinct_4(ids[0.8])
+
+
+def test_what_fills_a_window_that_says_little_loses_by_its_share() -> None:
+    seen: Any = torch.tensor([[1, 2, 1, 3] * (ENOUGH // 4)])
+    made = DryLogitsProcessor(0.0, 1.75, allowed_length=4)(seen, torch.zeros(1, 5))
+    lost = CROWDED * (1 - 4 / (ENOUGH - 3) / LEAST_DISTINCT)
+    assert made[0].tolist() == pytest.approx([0, -lost / 2, -lost / 4, -lost / 4, 0])
+    assert not DryLogitsProcessor(0.0, 1.75, allowed_length=4)(seen[:, 1:], torch.zeros(1, 5)).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("junk", ["_", " ."])
+def test_leaders_are_left(junk: str) -> None:
+    """What a base goes on with for ever, and never in the same way twice."""
+    base = templora.load("novelist")
+    leader, words = base.encode(junk)[-1], base.encode("She said that he would be there in the morning.")
+    places = torch.randint(8, (700,), generator=torch.Generator().manual_seed(0)).tolist()
+    session = base.session("default", seed=1, window=512, context=512, learning_rate=0.0)
+    session.extend([words[place % len(words)] if place < 2 else leader for place in places], "")
+    written = [event.id for event in session.write(600, score_base=False) if isinstance(event, Token)]
+    assert written[-200:].count(leader) < 40

@@ -5,6 +5,8 @@ positions never pass the capacity. It speaks transformers' `Cache` protocol, so 
 that protocol works unchanged. It does not know who made the keys: it only carries their version.
 """
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -174,9 +176,20 @@ class WindowCache(Cache):
 
     def extend(self, prefix: Cache) -> None:
         """Append the new keys that a pass over `prefix` made."""
-        for index, source in enumerate(prefix.layers):
-            assert isinstance(source, PrefixLayer) and source.new
-            self.update(*source.new, index)
+        with self.all_or_nothing():
+            for index, source in enumerate(prefix.layers):
+                assert isinstance(source, PrefixLayer) and source.new
+                self.update(*source.new, index)
+
+    @contextmanager
+    def all_or_nothing(self) -> Generator[None]:
+        """What runs inside is cached in all layers or, if it fails half-way, in none."""
+        stop = self.stop
+        try:
+            yield
+        except BaseException:
+            self.crop(stop)
+            raise
 
 
 def _prefix_layer(layer: object, rows: slice) -> PrefixLayer:

@@ -27,10 +27,7 @@ class Decoder:
         self.base, self.adapter, self.plan = base, adapter, plan
         self.stays = keys != "recompute"
         self.base_encodes = keys == "base" and adapter is not None
-        capacity = plan.window + plan.chunk
-        if self.stays:  # room to grow before positions start again from 0
-            capacity = max(capacity, plan.positions or 2 * capacity)
-        self.cache = WindowCache(capacity)
+        self.cache = WindowCache(plan.room if self.stays else plan.window + plan.chunk)
         self.chunk: int | None = None  # whose window is cached
 
     def state(self) -> dict[str, Any]:
@@ -92,7 +89,7 @@ class Decoder:
 
     def _run(self, ids: Sequence[int], stop: int, adapter: Adapter | None, *, once: bool = False) -> Tensor:
         cache = self.cache
-        with adapter.decoding(once=once) if adapter else nullcontext():
+        with cache.all_or_nothing(), adapter.decoding(once=once) if adapter else nullcontext():
             logits = self.base.last_logits(ids[cache.stop : stop], cache.stop - cache.origin, cache)
         cache.version = adapter.version if adapter else 0
         return logits

@@ -25,6 +25,7 @@ class Detokenizer:
         fast: Any = getattr(tokenizer, "backend_tokenizer", None)
         self._fast = fast if isinstance(fast, Tokenizer) else None
         self._stream: Any = DecodeStream(ids=[], skip_special_tokens=True)
+        self._before: list[int] = []  # the last token, which decides about a space
         self._ids: list[int] = []
         self._done = ""
         for token in before[self._last_clean_start(before) :]:
@@ -33,7 +34,7 @@ class Detokenizer:
     def step(self, token: int) -> str:
         """The text that this token completes; empty while a character is unfinished."""
         if self._fast is not None:
-            return self._stream.step(self._fast, token) or ""
+            return self._streamed(self._fast, token)
         self._ids.append(token)
         text = self._decode(self._ids)
         if text.endswith(UNFINISHED):
@@ -42,6 +43,16 @@ class Detokenizer:
         self._ids = self._ids[-TAIL:]
         self._done = self._decode(self._ids)
         return piece
+
+    def _streamed(self, tokenizer: Tokenizer, token: int) -> str:
+        try:
+            return self._stream.step(tokenizer, token) or ""
+        except Exception:  # of tokenizers, which has no narrower one: bytes came that make no character
+            self._stream = DecodeStream(ids=self._before, skip_special_tokens=True)
+            piece = self._stream.step(tokenizer, token) or ""
+            return piece if piece.startswith(UNFINISHED) else UNFINISHED + piece
+        finally:
+            self._before = [token]
 
     def _last_clean_start(self, ids: Sequence[int]) -> int:
         """Where the last few of these tokens begin, not inside a character."""

@@ -5,6 +5,10 @@ tokens stand elsewhere in what is seen, the token that followed them there loses
 multiplier · base^(n - allowed length) of its logit, from n = allowed length on: a word may come again as
 often as it likes, a sentence hardly. There are no sequence breakers: they are for the roles of a chat, and
 the loops of a novel run through its dialogue.
+
+A text can evade that: leaders of dots or underscores, with a word of any kind between them, never repeat
+themselves for long, and a base that sees a window of nothing else goes on with it for ever. So where too few
+of the 4-grams seen are different, each token loses by its share of what is seen as well, until that is prose.
 """
 
 from collections.abc import Sequence
@@ -15,7 +19,12 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from templora.guard import distinct_4
+
 LONGEST = 50  # tokens: by then a penalty is beyond every logit
+LEAST_DISTINCT = 0.8  # share of 4-grams that differ; a window of prose has above 0.9
+ENOUGH = 64  # tokens, before that says anything
+CROWDED = 60.0  # what a token loses of its logit if it is all that is seen
 
 
 class DryLogitsProcessor(LogitsProcessor):
@@ -34,6 +43,10 @@ class DryLogitsProcessor(LogitsProcessor):
                 lengths = torch.tensor(list(repeats.values()), device=scores.device, dtype=torch.float32)
                 penalties = self.multiplier * self.base ** (lengths - self.allowed_length)
                 scores[row, tokens] -= penalties.to(scores.dtype)
+            lacking = 1 - distinct_4(ids.tolist()) / LEAST_DISTINCT
+            if len(ids) >= ENOUGH and lacking > 0:
+                shares = np.bincount(ids, minlength=scores.shape[1]) / len(ids)
+                scores[row] -= torch.from_numpy(CROWDED * lacking * shares).to(scores)
         return scores
 
 

@@ -122,13 +122,20 @@ def inject(model: PreTrainedModel, config: LoraConfig, seed: int, *, head: float
 def standing_in(sites: Sequence[Site], modules: Sequence[nn.Module]) -> Generator[None]:
     """One module for each site; afterwards what stood there before, so that this can nest."""
     before = [site.module for site in sites]
-    for site, module in zip(sites, modules, strict=True):
-        site.module = module
     try:
+        _put(sites, modules)
         yield
     finally:
-        for site, module in zip(sites, before, strict=True):
-            site.module = module
+        try:
+            _put(sites, before)
+        except BaseException:  # an interrupt: the base must be bare all the same
+            _put(sites, before)
+            raise
+
+
+def _put(sites: Sequence[Site], modules: Sequence[nn.Module]) -> None:
+    for site, module in zip(sites, modules, strict=True):
+        site.module = module
 
 
 def weights(model: PreTrainedModel, config: LoraConfig) -> dict[str, Tensor]:

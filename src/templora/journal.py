@@ -6,6 +6,7 @@ A line that was cut short, changed, removed or moved is recognised. It knows not
 import json
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,17 +44,22 @@ class Journal:
         except OSError as error:
             raise _cannot_write(path, error) from error
 
-    def append(self, line: dict[str, Any], *, sync: bool = True) -> None:
+    def append(
+        self, line: dict[str, Any], then: Callable[[dict[str, Any]], None], *, sync: bool = True
+    ) -> None:
         """Hand a line to the operating system, so that it outlives this process.
 
-        sync: and to the disk, so that it outlives a power failure.
+        Args:
+            then: makes it true here as well. sync: to the disk, too, so that it outlives a power failure.
 
         Raises:
-            OutputError: the disk is full or gone. From then on nothing more is taken.
+            OutputError: the disk is full or gone. From then on nothing more is taken, as after an interrupt
+                half-way, when nobody knows how much of the line is there.
         """
         if self._broken:
             raise OutputError(f"an earlier write to {self.path} failed; close this session and resume it")
         data, crc = sealed(line, self._crc)
+        self._broken = True
         try:
             view = memoryview(data)
             while view:
@@ -61,9 +67,17 @@ class Journal:
             if sync:
                 os.fsync(self._file)
         except OSError as error:
-            self._broken = True
             raise _cannot_write(self.path, error) from error
         self._size, self._crc, self.lines = self._size + len(data), crc, self.lines + 1
+        then(line)
+        self._broken = False
+
+    def sync(self) -> None:
+        """Bring to the disk what only outlives this process so far."""
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
 
     def close(self) -> None:
         """Let go of the file."""

@@ -75,8 +75,7 @@ class Rows(Cache):
     def __init__(self, size: int, plan: Plan, *, stays: bool) -> None:
         self.size, self.plan, self.stays = size, plan, stays
         self.capacity = 2 * (plan.window + plan.chunk)  # columns
-        window = plan.window + plan.chunk
-        self._positions = max(window, plan.positions or 2 * window) if stays else window
+        self._positions = plan.room if stays else plan.window + plan.chunk
         super().__init__(layer_class_to_replicate=self._new_layer)  # pyright: ignore[reportArgumentType]
         self.places: list[Place] = []
         # There is always room for a window before it.

@@ -61,6 +61,8 @@ class Store:
         self.header = self._read_header()
         self.path = self.folder / JOURNAL
         contents = journal.read(self.path)
+        if not contents.lines:
+            raise SessionDamaged(f"{self.path} is empty; restore it from a copy")
         self.versions = Versions(self.folder / VERSIONS)
         if any(version.line > len(contents.lines) for version in self.versions.all()):
             raise SessionDamaged(
@@ -249,6 +251,7 @@ class Store:
             base_scored=base.tokens,
             base_nll=base.nll,
         )
+        self.journal.sync()  # a version must not know more than the journal after a power failure
         self.versions.save(version, fill)
         self.versions.thin(self.named, self.header["budget"])
         return version
@@ -261,8 +264,7 @@ class Store:
         return replayed(lines, header.plan_of(self.header), self.header["seed"])
 
     def _note(self, line: dict[str, Any], *, sync: bool = True, keep_redo: bool = False) -> None:
-        self.journal.append(line, sync=sync)
-        self.history.apply(line)
+        self.journal.append(line, self.history.apply, sync=sync)
         if not keep_redo:
             self.redoable.clear()
 

@@ -11,6 +11,7 @@ from templora.errors import WindowTooLarge
 
 # The first token of a text has nothing before it, so it is context only, never a target.
 FIRST_TARGET = 1
+LEAST_ROOM = 2048  # positions: as cheap as any, and small models are trained for no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,15 @@ class Plan:
         if largest < 1:
             return f"{cause}; lower the chunk to {self.positions // 2} or less"
         return f"{cause}; the largest {name} is {largest}"
+
+    @property
+    def room(self) -> int:
+        """Positions that keys which stay may take before the window is computed again from 0.
+
+        Not all that the base has: buffers of a hundred thousand would fill a GPU, for nothing.
+        """
+        window = self.window + self.chunk
+        return max(window, min(self.positions or 2 * window, max(4 * window, LEAST_ROOM)))
 
     def span(self, chunk: int) -> Span:
         """The chunk of that number, full-sized."""

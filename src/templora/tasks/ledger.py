@@ -92,8 +92,7 @@ class Ledger:
     def correct(self, passage: int, target: str) -> None:
         """A person has changed a translation."""
         line = {"op": "correct", "passage": passage, "target": target}
-        self._journal.append(line)
-        self._apply(line)
+        self._journal.append(line, self._apply)
 
     def restore(self, translator: Translator) -> Iterator[Event]:
         """Bring a fresh translator to the end of the records, learning again what no version holds."""
@@ -125,8 +124,7 @@ class Ledger:
             "adapted_nll": scored.adapted_nll if scored else 0.0,
             "base_nll": scored.base_nll if scored else None,
         }
-        self._journal.append(line)
-        self._apply(line)
+        self._journal.append(line, self._apply)
         if self._pace.due:
             try:
                 self.save(translator)
