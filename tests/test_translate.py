@@ -349,7 +349,7 @@ def test_review_asks_about_each_passage(tiny: str, here: Path, monkeypatch: pyte
     monkeypatch.setenv("EDITOR", str(here / "editor.sh"))
     monkeypatch.delenv("VISUAL", raising=False)
     run(f"{arguments(tiny)} --review", answers="what\ne\na\na\na\na\n")
-    origins = [line["origin"] for line in journal()]
+    origins = [line["origin"] for line in journal() if line["op"] == "passage"]
     assert origins == ["correction"] + ["accepted"] * 4
     assert Path("out.txt").read_text("utf-8").splitlines()[0] == "Su Mian came."
 

@@ -203,7 +203,9 @@ class Batch:
             span = row.span
             events: list[Event] = [ChunkScored(span.chunk, span.start, span.tokens, own, bare)]
             if text.is_full:
-                events, learns = text.study.judge(text.ids, span, text.written, own, bare)
+                events, learns = text.study.judge(
+                    text.ids, span, text.written, own, bare, score_base=score_base
+                )
                 to_learn += [len(happened)] * learns
             happened.append((text, events))
         if one_pass and to_learn:

@@ -7,8 +7,8 @@ often as it likes, a sentence hardly. There are no sequence breakers: they are f
 the loops of a novel run through its dialogue.
 
 A text can evade that: leaders of dots or underscores, with a word of any kind between them, never repeat
-themselves for long, and a base that sees a window of nothing else goes on with it for ever. So where too few
-of the 4-grams seen are different, each token loses by its share of what is seen as well, until that is prose.
+themselves for long, and a base that sees a window of nothing else goes on with it for ever. So where what is
+seen says little, by the entropy of its tokens, each loses by its share of it as well, until that is prose.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from templora.guard import distinct_4
-
 LONGEST = 50  # tokens: by then a penalty is beyond every logit
-LEAST_DISTINCT = 0.8  # share of 4-grams that differ; a window of prose has above 0.9
+LEAST_ENTROPY = 0.65  # of what n different tokens have; 512 tokens of a novel have above 0.76
 ENOUGH = 64  # tokens, before that says anything
 CROWDED = 60.0  # what a token loses of its logit if it is all that is seen
 
@@ -43,11 +41,16 @@ class DryLogitsProcessor(LogitsProcessor):
                 lengths = torch.tensor(list(repeats.values()), device=scores.device, dtype=torch.float32)
                 penalties = self.multiplier * self.base ** (lengths - self.allowed_length)
                 scores[row, tokens] -= penalties.to(scores.dtype)
-            lacking = 1 - distinct_4(ids.tolist()) / LEAST_DISTINCT
-            if len(ids) >= ENOUGH and lacking > 0:
+            if len(ids) >= ENOUGH and (lacking := 1 - _entropy(ids) / LEAST_ENTROPY) > 0:
                 shares = np.bincount(ids, minlength=scores.shape[1]) / len(ids)
                 scores[row] -= torch.from_numpy(CROWDED * lacking * shares).to(scores)
         return scores
+
+
+def _entropy(ids: np.ndarray) -> float:
+    """Of the tokens' distribution, as a share of what so many different ones would have."""
+    counts = np.unique(ids, return_counts=True)[1]
+    return 1 - float(counts @ np.log(counts)) / (len(ids) * np.log(len(ids)))
 
 
 def repetitions(ids: Sequence[int] | np.ndarray) -> dict[int, int]:

@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList
 
 from templora import header, snapshot
 from templora.base import Base, load
-from templora.errors import OutputError, SessionClosed, WrongBase
+from templora.errors import OutputError, SessionClosed, TemploraError, WrongBase
 from templora.events import ChunkScored, Event, Warned
 from templora.metrics import Tally, count
 from templora.recipe import Recipe
@@ -119,7 +119,8 @@ class DurableSession(Session):
         prefix = self.base.prefix_ids if self.base.has_tokenizer else []
         if not self.ids:
             self._give(prefix, "")
-        self.store.edit(start, end, text, encoded=self._encoded, least=len(prefix))
+        encoded = lambda new: (ids := self.base.encode(new), sizes(self.base, ids, new))  # noqa: E731
+        self.store.edit(start, end, text, encoded=encoded, least=len(prefix))
         self._restore()
         yield from self.learning(score_base=score_base)
 
@@ -139,6 +140,14 @@ class DurableSession(Session):
         self._check_open()
         self.store.mark("seed", seed)
         self.sampler = Sampler(seed)
+
+    def translate(self, *_: Any, **__: Any) -> Iterator[Event]:
+        """Refused: a journal of a text has no place for translations."""
+        raise TemploraError(f"{self.dir} keeps a text; translate in a session without dir=…")
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Refused: text and adapter are what the folder says."""
+        raise TemploraError(f"{self.dir} keeps its own state; load this into a session without dir=…")
 
     def close(self) -> None:
         """Save the present state, so that it opens at once, and let other processes in."""
@@ -239,10 +248,9 @@ class DurableSession(Session):
         self.chunk, exact = Replay(history, self.plan, self.study).run(start, self.chunk)
         self.sampler = Sampler(history.seed, history.drawn)
         if not exact:
-            was = f"this machine does not compute bit for bit what wrote {self.dir}"
-            message = (
-                f"{was}{header.changes(self.store.header)}; the text is as it was, but may go on otherwise"
-            )
+            software = header.changes(self.store.header)
+            was = f"this machine does not compute bit for bit what wrote {self.dir}{software}"
+            message = f"{was}; the text is as it was, but may go on otherwise"
             self._to_announce.append(Warned("inexact", message))
 
     def _make_fresh(self) -> None:
@@ -262,10 +270,6 @@ class DurableSession(Session):
             self.chunk = version.chunk
             return version
         return None
-
-    def _encoded(self, text: str) -> tuple[list[int], list[int]]:
-        ids = self.base.encode(text)
-        return ids, sizes(self.base, ids, text)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -62,6 +62,7 @@ class History:
         self.learned: list[Learned] = []
         self.marks: list[Mark] = []
         self.drawn = 0
+        self._texts: list[tuple[int, bytes]] = []  # given ones: where each ends, and its digest
 
     def apply(self, line: dict[str, Any]) -> None:
         """Take in one line of a journal; lines that change no text pass by."""
@@ -71,6 +72,7 @@ class History:
         match op:
             case "given":
                 self.give(line["ids"], line["text"], line["sizes"])
+                self._texts.append((len(self.ids), _digest(line["text"])))
             case "chunk":
                 self.learn(line["base"], line["tokens"], line["adapted_nll"], line["base_nll"])
             case "look":
@@ -81,9 +83,12 @@ class History:
             case "cut":
                 self.cut(line["tokens"])
             case "edit":
+                seed = self.seed
                 self.cut(line["tokens"])
                 for kind, ids, text, sizes in line["runs"]:
                     self.give(ids, text, sizes, kind)
+                if self.seed != seed:  # it stood after the place that was changed
+                    self.mark("seed", seed)
             case _:
                 pass
 
@@ -129,7 +134,12 @@ class History:
         for column in (self.ids, self.kinds, self.ends, self.draws):
             del column[tokens:]
         self.marks = [mark for mark in self.marks if mark.position < tokens]
+        self._texts = [text for text in self._texts if text[0] <= tokens]
         self.drawn = self.draws[-1] if tokens else 0
+
+    def was_given(self, text: str) -> bool:
+        """Whether that text was given, whole and by itself, and is still there."""
+        return _digest(text) in [digest for _, digest in self._texts]
 
     @property
     def seed(self) -> int:
@@ -198,6 +208,10 @@ class History:
             made.append((kinds[start], self.ids[start:stop], text[bounds[0] : bounds[-1]], sizes))
             start = stop
         return made
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 def replayed(lines: Sequence[dict[str, Any]], plan: Plan, seed: int) -> tuple[History, list[int]]:

@@ -53,6 +53,9 @@ def generate(
     _refuse(input_ids, generation_config)
     streamer = streamer or _callers_streamer()
     seed = int(torch.randint(2**31, ())) if seed is None else seed
+    # A model that is being trained is only borrowed.
+    trained = [module for module in model.modules() if module.training]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     session = Base(model, None).session(recipe, seed=seed, **(recipe_overrides or {}))
     session.extend(input_ids[0].tolist(), "")
     greedy = Sampling(temperature=1.0 if generation_config.do_sample else 0.0)
@@ -68,6 +71,10 @@ def generate(
                 break
     finally:
         session.discard()
+        for module in trained:
+            module.training = True
+        for parameter in learning:
+            parameter.requires_grad_()
     if streamer is not None:
         streamer.end()
     if generation_config.return_dict_in_generate:

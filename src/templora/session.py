@@ -116,6 +116,7 @@ class Session:
 
     def score_rest(self, *, score_base: bool = False) -> Iterator[Event]:
         """Score what does not fill a chunk, without learning it: the end of a text."""
+        self._check_open()
         full = self.plan.span(self.chunk)
         span = replace(full, stop=min(full.stop, len(self.ids)))
         if span.tokens < 1:

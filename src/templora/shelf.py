@@ -32,7 +32,7 @@ def look(folder: Path) -> tuple[header.Header, History]:
         )
     if "translation" in found:
         raise NotASession(f"{folder} holds a translation; go on with templora translate")
-    contents = journal.good(folder / JOURNAL)
+    contents = journal.read(folder / JOURNAL)
     return found, replayed(contents.lines, header.plan_of(found), found["seed"])[0]
 
 
@@ -86,9 +86,9 @@ def appearing(folder: Path) -> Generator[Path]:
     Raises:
         NotASession: there is something at `folder`. OutputError: it cannot be written.
     """
-    part = folder.with_name(f".{folder.name}.part")
+    part = folder.absolute().with_name(f".{folder.absolute().name}.part")
     try:
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and (any(folder.iterdir()) or folder.samefile(Path.cwd())):
             raise NotASession(occupied(folder))
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -144,4 +144,5 @@ def occupied(folder: Path) -> str:
     """Why no session can begin there."""
     if (folder / header.NAME).exists():
         return f"{folder} holds a session already; resume it with templora.resume({str(folder)!r})"
-    return f"{folder} is not empty; choose a folder that does not exist yet"
+    what = "is where you are" if folder.samefile(Path.cwd()) else "is not empty"
+    return f"{folder} {what}; choose a folder that does not exist yet"

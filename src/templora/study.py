@@ -72,7 +72,7 @@ class Study:
             base = self.passes.base_nll(ids, span)
         before = self.guard.state()
         try:
-            events, learns = self.judge(ids, span, written, adapted, base)
+            events, learns = self.judge(ids, span, written, adapted, base, score_base=score_base)
             if learns:
                 started = time.perf_counter() - spent
                 events.append(self.learn(ids, span, adapted, started, first if one_pass else None))
@@ -94,11 +94,21 @@ class Study:
         return guarded and self.guard.wants_base(span.chunk, written)
 
     def judge(
-        self, ids: Sequence[int], span: Span, written: int, adapted: float, base: float | None
+        self,
+        ids: Sequence[int],
+        span: Span,
+        written: int,
+        adapted: float,
+        base: float | None,
+        *,
+        score_base: bool,
     ) -> tuple[list[Event], bool]:
-        """What there is to say of a chunk that was scored, and whether it should be learned."""
+        """What there is to say of a chunk that was scored, and whether it should be learned.
+
+        score_base: say the base's score as well; what the guard knows of some chunks is no figure of a text.
+        """
         place = (span.chunk, span.start, span.tokens)
-        events: list[Event] = [ChunkScored(*place, adapted, base)]
+        events: list[Event] = [ChunkScored(*place, adapted, base if score_base else None)]
         if self.recipe.learning_rate == 0:
             return events, False
         if self.recipe.guard:

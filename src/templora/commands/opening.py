@@ -13,6 +13,7 @@ from templora import header
 from templora.commands.inputs import load_base, load_recipe
 from templora.commands.running import say
 from templora.errors import InvalidRecipe
+from templora.recipe import SIZES
 
 if TYPE_CHECKING:
     from templora.durable import DurableSession
@@ -71,12 +72,24 @@ def begun(wanted: Wanted, folder: Path | None = None) -> "Session":
     return base.session(recipe, seed=wanted.seed, dir=folder, parallel=wanted.parallel)
 
 
-def has_read(so_far: str, text: str) -> bool:
-    """Whether a command that is given again was given that text before: it begins the session, or ends it.
+def has_read(session: "Session", text: str) -> bool:
+    """Whether a session on disk was given that text before, by a command that is repeated."""
+    from templora.durable import DurableSession
 
-    A run that was stopped while it learned a text leaves that text at the end.
-    """
-    return so_far.startswith(text) or so_far.endswith(text)
+    return isinstance(session, DurableSession) and session.store.history.was_given(text)
+
+
+def _other(head: header.Header, wanted: Wanted) -> list[str]:
+    """Options that ask for something else than a session was begun with."""
+    if not (asked := [name for name in SETTLED if name in wanted.given]):
+        return []
+    now, recipe = header.recipe_of(head), load_recipe(wanted.recipe, wanted.pairs, wanted.sizes)
+    keys = set(recipe.fixed)
+    if {"recipe", "set_"} & wanted.given:
+        keys |= type(recipe).model_fields.keys() - SIZES - {"fixed"}
+    same = {"dtype": wanted.dtype == head["base"].get("dtype")}
+    as_begun = all(getattr(now, key) == getattr(recipe, key) for key in keys)
+    return [name for name in asked if not same.get(name, as_begun)]
 
 
 @contextmanager
@@ -101,8 +114,8 @@ def opened(folder: Path, wanted: Wanted) -> "DurableSession":
         made = begun(wanted, folder)
         assert isinstance(made, DurableSession)
         return made
-    if settled := [name.rstrip("_") for name in SETTLED if name in wanted.given]:
-        names = ", ".join(f"--{name}" for name in settled)
+    if settled := _other(header.read(folder), wanted):
+        names = ", ".join(f"--{name.rstrip('_')}" for name in settled)
         raise InvalidRecipe(f"{folder} exists and keeps what it was begun with; leave out {names}")
     from transformers.utils import logging
 

@@ -1,7 +1,7 @@
 """`templora write --prompts`: several prompts at once, a file for each text."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,9 @@ def prompts_of(path: Path) -> list[Prompt]:
     Raises:
         InvalidText: it is no such file; the message names the line.
     """
-    lines = [(number, line) for number, line in enumerate(text_of(path).splitlines(), 1) if line.strip()]
+    # Not splitlines: JSON may hold other ends of lines than this one, and so may a prompt.
+    lines = [(number, line.rstrip("\r")) for number, line in enumerate(text_of(path).split("\n"), 1)]
+    lines = [(number, line) for number, line in lines if line.strip()]
     width = len(str(len(lines)))
     found: list[Prompt] = []
     for count, (number, line) in enumerate(lines, 1):
@@ -72,10 +74,11 @@ def write_all(
     texts = [prompt.text for prompt in prompts]
     events = write_batch(base, texts, recipe=recipe, size=size, seed=wanted.seed, sampling=sampling, **wishes)
     with ExitStack() as stack:
-        files = _files(folder, prompts, stack)
+        files = _Files(folder, prompts)
+        stack.callback(files.close)
         interrupted = stack.enter_context(interruptible())
         for number, event in events:
-            files[number].take(event)
+            files.take(number, event)
             _show(prompts[number].name, event, json=json)
             if interrupted:
                 say(f"interrupted; all that was written is in {folder}")
@@ -83,21 +86,46 @@ def write_all(
     say(f"saved to {folder}")
 
 
-def _files(folder: Path, prompts: Collection[Prompt], stack: ExitStack) -> "list[TextFile]":
-    """A file for each text, that begins with its prompt."""
-    from templora.report import TextFile
+class _Files:
+    """A file for each text, that begins with its prompt; open from its first event to its end.
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write to {folder}: {error.strerror}; choose another --out-dir") from error
-    paths = [folder / f"{prompt.name}.txt" for prompt in prompts]
-    if there := next((path for path in paths if path.exists()), None):
-        raise OutputError(f"{there} exists and is never overwritten; choose another --out-dir")
-    files = [stack.enter_context(TextFile(path)) for path in paths]
-    for file, prompt in zip(files, prompts, strict=True):
-        file.echo(prompt.text)
-    return files
+    Raises:
+        OutputError: one of them exists, or cannot be made.
+    """
+
+    def __init__(self, folder: Path, prompts: Sequence[Prompt]) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"cannot write to {folder}: {error.strerror}; choose another --out-dir"
+            ) from error
+        self._prompts = prompts
+        self._paths = [folder / f"{prompt.name}.txt" for prompt in prompts]
+        if there := next((path for path in self._paths if path.exists()), None):
+            raise OutputError(f"{there} exists and is never overwritten; choose another --out-dir")
+        self._open: dict[int, tuple[TextFile, ExitStack]] = {}
+
+    def take(self, number: int, event: "Event") -> None:
+        """Something has happened to that text."""
+        from templora.events import End
+        from templora.report import TextFile
+
+        if number not in self._open:
+            stack = ExitStack()
+            file = stack.enter_context(TextFile(self._paths[number]))
+            file.echo(self._prompts[number].text)
+            self._open[number] = file, stack
+        file, stack = self._open[number]
+        file.take(event)
+        if isinstance(event, End):
+            del self._open[number]
+            stack.close()
+
+    def close(self) -> None:
+        """Close those whose texts have not ended."""
+        for _, stack in self._open.values():
+            stack.close()
 
 
 def _show(name: str, event: "Event", *, json: bool) -> None:

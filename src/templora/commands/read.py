@@ -72,7 +72,7 @@ def _learn(
     from templora.report import ScoreStatus
 
     events: Iterator[Event]
-    if has_read(session.text, text):
+    if has_read(session, text):
         say(f"{path} is in {session.dir} already; learning what is left of it")
         events = session.learning(score_base=score_base)
         goal = len(session.ids)

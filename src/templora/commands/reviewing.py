@@ -45,7 +45,7 @@ class Folder:
         for number, record in enumerate(records):
             path = self._target(number)
             if path.exists():
-                target = path.read_text("utf-8").strip()
+                target = _read(path).strip()
                 if target and target != record.target.strip():
                     yield number, target
 
@@ -59,6 +59,13 @@ class Folder:
 
     def _target(self, number: int) -> Path:
         return self.path / f"{number:05}.txt"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8-sig")  # Windows' editors put a mark before it
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidText(f"cannot read {path}: {error}; save it in UTF-8") from error
 
 
 def terms_of(path: Path) -> dict[str, str]:

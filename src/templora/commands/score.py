@@ -165,6 +165,8 @@ class Results:
 
     def __init__(self, path: Path | None, *, resume: bool) -> None:
         self.path, self.resume, self.done = path, resume, list[dict[str, Any]]()
+        if path is not None and not path.parent.is_dir():
+            raise OutputError(f"no folder {path.parent}; make it, or choose another --json")
         if path is not None and path.exists():
             if not resume:
                 raise OutputError(f"{path} exists; add --resume to continue it, or choose another --json")

@@ -131,14 +131,14 @@ def rewind(
 ) -> None:
     """Go to an earlier moment, or to one on another branch."""
     with _opened(folder) as store:
-        store.rewind(int(to) if to.isdigit() else to)
+        store.rewind(int(to) if to.isdecimal() else to)
 
 
 @app.command()
 def note(folder: Folder, name: Annotated[str, typer.Argument(help="For `rewind` and `fork --to`.")]) -> None:
     """Give this moment a name."""
     with _opened(folder) as store:
-        if name.removeprefix("v").isdigit():
+        if name.removeprefix("v").isdecimal():
             raise InvalidRecipe(f"{name!r} means a number of tokens or a version; choose another name")
         here = [own for own in store.usable() if own.tokens == len(store.history.ids)]
         store.note(name, here[-1].number if here else None)
@@ -161,7 +161,7 @@ def fork(
             store.close()
     with _opened(new) as copy:
         if to is not None:
-            copy.rewind(int(to) if to.isdigit() else to)
+            copy.rewind(int(to) if to.isdecimal() else to)
 
 
 @app.command()

@@ -66,7 +66,7 @@ def translate(
         from templora.template import load
 
         folder = session or out.with_name(f"{out.name}.session")
-        if out.exists() and not exists(folder):
+        if out.exists() and (not exists(folder) or out.samefile(source)):
             raise OutputError(f"{out} exists and is never overwritten; choose another --out")
         bilingual.check(out, source)
         document = bilingual.read(source)
@@ -100,6 +100,7 @@ def translate(
         }
         ledger = _opened(folder, translator, settings)
         stack.callback(ledger.close)
+        ledger.writes_to(out)
         job = _Job(source, out, parts, given, Folder(corrections) if corrections else None, quiet)
         interrupted = stack.enter_context(interruptible())
         for _ in job.run(ledger, translator, interrupted):

@@ -123,7 +123,7 @@ def write(
             raise InvalidRecipe("a session on disk learns in turn; leave out --parallel or --session")
         goes_on = bool(read) or (session is not None and exists(session))
         opening = _opening(prompt, prompt_file, goes_on)
-        texts = [text_of(path) for path in read or []]
+        texts = {path: text_of(path) for path in read or []}
         path = out
         if path is None and session is None:
             path = Path(f"templora-{datetime.now():%Y%m%d-%H%M%S}.txt")
@@ -138,7 +138,8 @@ def write(
         append = path is not None and any(path.exists() and path.samefile(r) for r in read or [])
         with closing_session(made):
             again = repeated(context_, HOW if session else HOW | OF_SESSION)
-            job = _Job(made, session, opening, texts, tokens, path, append, wishes, again)
+            origin = "" if prompt_file is None else f" --prompt-file {shlex.quote(str(prompt_file))}"
+            job = _Job(made, session, opening, origin, texts, tokens, path, append, wishes, again)
             _write(job, json=json, quiet=quiet)
 
 
@@ -146,13 +147,15 @@ def write(
 class _Job:
     """What to write: after which texts, how much, where to, with which wishes for `Session.write`.
 
-    folder: of a session on disk. path: a file for the text. again: options to repeat when going on.
+    folder: of a session on disk. opening: the prompt. origin: the option that it came from. given: what to
+    learn first, by file. path: a file for the text. again: options to repeat when going on.
     """
 
     session: "Session"
     folder: Path | None
     opening: str
-    given: list[str]
+    origin: str
+    given: dict[Path, str]
     tokens: int
     path: Path | None
     append: bool
@@ -161,10 +164,27 @@ class _Job:
 
     def events(self) -> "Iterator[Event]":
         """Learn what is given, then write."""
-        for text in (*self.given, self.opening):
-            if text and not (self.folder and has_read(self.session.text, text)):
+        for text in (*self.given.values(), self.opening):
+            if text and not has_read(self.session, text):
                 yield from self.session.reading(text, score_base=self.wishes["score_base"])
         yield from self.session.write(self.tokens, **self.wishes)
+
+    @property
+    def going_on(self) -> str:
+        """The command that goes on, with what was not given yet."""
+        words = "templora write"
+        if self.folder is not None:
+            left = [path for path, text in self.given.items() if not has_read(self.session, text)]
+            words += "".join(f" --read {shlex.quote(str(path))}" for path in left)
+            if self.opening and not has_read(self.session, self.opening):
+                words += self.origin or f" {shlex.quote(self.opening)}"
+            words += f" --session {shlex.quote(str(self.folder))}"
+        else:
+            # The prompt is in the file; what was learned before it must be learned again.
+            files = [*self.given, *([] if self.append else [self.path])]
+            words += "".join(f" --read {shlex.quote(str(path))}" for path in files)
+            words += f" --out {shlex.quote(str(self.path))}"
+        return f"{words} --tokens {self.tokens}{self.again}"
 
 
 def _write(job: _Job, *, json: bool, quiet: bool) -> None:
@@ -182,8 +202,9 @@ def _write(job: _Job, *, json: bool, quiet: bool) -> None:
                 file.echo(job.session.text)
             sinks.insert(0, file)
         interrupted = stack.enter_context(interruptible())
-        for each in sinks:
-            each.echo(job.opening)
+        if not has_read(job.session, job.opening):
+            for each in sinks:
+                each.echo(job.opening)
         for event in report.send(job.events(), sinks):
             end = event if isinstance(event, End) else end
             if interrupted:
@@ -202,14 +223,8 @@ def _closing_lines(job: _Job, end: "End | None") -> None:
             f"adapter {end.adapted_perplexity:.2f} ({change:+.1f} %)"
         )
     state = "saved to" if end else "interrupted; all that was written is in"
-    if job.folder is not None:
-        folder = shlex.quote(str(job.folder))
-        say(f"{state} {folder}")
-        say(f"go on with: templora write --session {folder} --tokens {job.tokens}{job.again}")
-        return
-    path = shlex.quote(str(job.path))
-    say(f"{state} {path}")
-    say(f"go on with: templora write --read {path} --out {path} --tokens {job.tokens}{job.again}")
+    say(f"{state} {shlex.quote(str(job.folder or job.path))}")
+    say(f"go on with: {job.going_on}")
 
 
 def _opening(prompt: str | None, prompt_file: Path | None, goes_on: bool) -> str:

@@ -6,6 +6,7 @@ weeks later, only moves the place from which passages are learned again.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -53,6 +54,7 @@ class Ledger:
             raise
         self.records: list[Translated] = []
         self.draws: list[int] = []
+        self._outs: set[str] = set()
         self._pace = Pace()
         self._adapted, self._base = Tally(), Tally()
         for line in contents.lines:
@@ -88,6 +90,20 @@ class Ledger:
         if keys:
             differences = ", ".join(f"{key} {was.get(key)!r}, not {settings[key]!r}" for key in keys)
             raise WrongBase(f"{self.folder} was begun with {differences}; leave that, or begin another")
+
+    def writes_to(self, out: Path) -> None:
+        """From now on that file is this translation's.
+
+        Raises:
+            OutputError: it exists, and is another's.
+        """
+        # From the folder, so that both may move; sessions of old do not say where they wrote.
+        name = os.path.relpath(out.absolute(), self.folder.absolute())
+        if name in self._outs:
+            return
+        if out.exists() and (self._outs or not self.records):
+            raise OutputError(f"{out} exists and is never overwritten; choose another --out")
+        self._journal.append({"op": "out", "name": name}, self._apply)
 
     def correct(self, passage: int, target: str) -> None:
         """A person has changed a translation."""
@@ -183,6 +199,8 @@ class Ledger:
             self._adapted.add(line["adapted_nll"], line["tokens"])
             if line["base_nll"] is not None:
                 self._base.add(line["base_nll"], line["tokens"])
+        elif line["op"] == "out":
+            self._outs.add(line["name"])
         elif line["op"] == "correct":
             old = self.records[line["passage"]]
             new = replace(old, target=line["target"], origin="correction", learned=True)
