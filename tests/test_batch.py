@@ -302,13 +302,13 @@ def test_the_command_scores_together_what_it_scores_alone(folder: Path, tmp_path
 
 def test_the_command_writes_a_file_for_each_prompt(folder: Path, tmp_path: Path) -> None:
     prompts, out = tmp_path / "openings.jsonl", tmp_path / "novels"
-    lines = [{"prompt": "It was dark.", "name": "dark"}, {"prompt": "The sea.\nThe lamp."}]
-    prompts.write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    lines = [{"prompt": "It was dark.", "name": "dark"}, {"prompt": "The sea.\nThe\u2028lamp."}]
+    prompts.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), "utf-8")
     words = ["write", "--prompts", prompts, "--model", folder, "--out-dir", out, "--tokens", "20"]
     code, said, _ = run(*words, "--json", "--batch", "2")
     assert code == 0
     assert (out / "dark.txt").read_text("utf-8").startswith("It was dark.")
-    assert (out / "2.txt").read_text("utf-8").startswith("The sea.\nThe lamp.")
+    assert (out / "2.txt").read_text("utf-8").startswith("The sea.\nThe\u2028lamp.")
     events = [json.loads(line) for line in said.splitlines()]
     assert {event["name"] for event in events} == {"dark", "2"}
     written = "".join(e["text"] for e in events if e["name"] == "dark" and e["event"] == "token")

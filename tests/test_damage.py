@@ -287,3 +287,18 @@ def test_a_lock_left_by_a_dead_process_is_stale_and_one_of_another_machine_is_no
         templora.resume(folder, BASE)
     (folder / "lock").write_bytes(b"\xff not json")
     templora.resume(folder, base()).close()
+
+
+def test_a_text_that_is_not_whole_is_never_exported_as_if_it_were(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    shutil.copytree(whole, folder)
+    lines = (folder / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "journal.jsonl").write_bytes(b"".join([*lines[:9], b"x" + lines[9][1:], *lines[10:]]))
+    done = CliRunner().invoke(app, ["sessions", "export", str(folder)])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "templora sessions repair" in done.stderr
+    (folder / "journal.jsonl").write_bytes(b"")
+    for version in (folder / "versions").iterdir():
+        shutil.rmtree(version)
+    done = CliRunner().invoke(app, ["sessions", "undo", str(folder)])
+    assert done.exit_code == 2 and "is empty; restore it from a copy" in done.stderr

@@ -14,6 +14,7 @@ from templora.errors import (
     NotASession,
     SessionClosed,
     SessionLocked,
+    TemploraError,
     WrongBase,
 )
 from templora.events import ChunkLearned, Warned
@@ -184,6 +185,23 @@ def test_an_edit_in_given_text_is_as_if_it_had_been_given_so(tmp_path: Path) -> 
     plain = BASE.session("default", seed=7, **SIZES)
     plain.read(PROSE[:4] + "cathedral" + PROSE[14:])
     assert state(made) == state(plain)
+
+
+def test_another_seed_outlives_an_edit_before_it(tmp_path: Path) -> None:
+    session = written(durable(tmp_path / "s"), 20)
+    session.reseed(9)
+    session.edit(4, 14, "beacon")
+    assert session.sampler.seed == 9
+    with templora.resume(killed(session), BASE) as again:
+        assert again.sampler.seed == 9
+
+
+def test_what_a_journal_cannot_hold_is_refused(tmp_path: Path) -> None:
+    session, other = durable(tmp_path / "s"), in_memory()
+    with pytest.raises(TemploraError, match="keeps its own state"):
+        session.load_state(other.state())
+    with pytest.raises(TemploraError, match="keeps a text"):
+        session.translate([], "de", "en")
 
 
 def test_an_edit_outside_the_text_is_refused(tmp_path: Path) -> None:

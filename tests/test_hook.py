@@ -216,6 +216,16 @@ def test_what_a_session_cannot_do_is_refused(kwargs: dict[str, Any], reason: str
         generate(max_new_tokens=3, **kwargs)
 
 
+def test_a_model_in_training_is_only_borrowed() -> None:
+    model: Any = tiny_llama(initializer_range=0.2).train()
+    model.model.embed_tokens.requires_grad_(False)
+    model.model.norm.eval()
+    needed = {name: p.requires_grad for name, p in model.named_parameters()}
+    generate(model, max_new_tokens=5)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == needed
+    assert [m.training for m in (model, model.model, model.model.norm)] == [True, True, False]
+
+
 def test_it_works_on_gpt2_too() -> None:
     model = GPT2LMHeadModel(
         GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=257, bos_token_id=256, eos_token_id=256)

@@ -101,6 +101,20 @@ def test_the_command_writes_results_resumes_and_survives_a_bad_file(folder: Path
     assert [e["document"] for e in json.loads(out.read_text("utf-8"))] == [str(good), str(other)]
 
 
+def test_a_place_that_does_not_exist_is_refused_before_hours_of_scoring(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT, "utf-8")
+    code, errors = run("score", tmp_path / "a.txt", "--model", folder, "--json", tmp_path / "no" / "x.json")
+    assert code == 2 and errors.startswith("error: no folder") and errors.count("\n") == 1
+
+
+def test_without_the_base_nothing_is_said_of_it(base: Base) -> None:
+    """The guard's own looks at some chunks are no figure of the text."""
+    scores = score(base, TEXT, seed=1, score_base=False, **SIZES)
+    assert scores.base.tokens == 0 and scores.adapted.tokens > 0
+    reading = base.session(seed=1, **SIZES).read(TEXT)
+    assert reading.base_perplexity is None and reading.adapted_perplexity is not None
+
+
 def test_results_go_to_the_screen_if_asked(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT, "utf-8")
     words = ["score", str(tmp_path / "a.txt"), "--model", str(folder), "--json", "-"]

@@ -127,6 +127,7 @@ def test_undo_redo_and_rewind(tiny: str, here: Path) -> None:
     assert "nothing to redo" in refused("sessions redo s")
     assert "it has 3" in refused("sessions undo s --chunks 9")
     assert "has no version or note 'v99'" in refused("sessions rewind s v99")
+    assert "has no version or note '²'" in refused("sessions rewind s ²")
     run("sessions rewind s v1")
     assert text_of("s") == before
 
@@ -225,6 +226,43 @@ def test_reading_that_was_stopped_goes_on_with_the_same_command(tiny: str, here:
     assert text_of("s") == Path("a.txt").read_text("utf-8")
 
 
+def test_several_books_are_each_read_once_however_often_it_is_asked(tiny: str, here: Path) -> None:
+    books = {name: f"{name} was lit. " * 9 for name in ("a.txt", "b.txt", "c.txt")}
+    for name, text in books.items():
+        Path(name).write_text(text, "utf-8")
+    line = f"read a.txt b.txt c.txt --session s --model {tiny} --set guard=false"
+    run(line, *SIZES)
+    said = run(line, *SIZES).stderr
+    assert [name in said for name in books] == [True] * 3
+    run("write --session s --tokens 5")
+    run(line, *SIZES)
+    assert [text_of("s").count(text) for text in books.values()] == [1] * 3
+    assert "leave out --set" in refused(line.replace("guard=false", "guard=true"), *SIZES)
+
+
+def test_what_a_command_did_not_come_to_is_offered(tiny: str, here: Path) -> None:
+    from templora.commands.write import _Job
+
+    Path("a.txt").write_text("The lamp was lit. ", "utf-8")
+    base = templora.load(tiny)
+    with base.session("default", dir="s", window=40, chunk=16, context=40) as session:
+        session.read("The lamp was lit. ")
+        given = {Path("a.txt"): "The lamp was lit. ", Path("b c.txt"): "It went out. "}
+        job = _Job(session, Path("s"), "And then", "", given, 9, None, False, {}, " --top-k 5")
+        assert job.going_on == "templora write --read 'b c.txt' 'And then' --session s --tokens 9 --top-k 5"
+        session.read("It went out. ")
+        session.read("And then")
+        assert job.going_on == "templora write --session s --tokens 9 --top-k 5"
+    job = _Job(base.session(), None, "And then", "", given, 9, Path("o"), False, {}, "")
+    assert job.going_on == "templora write --read a.txt --read 'b c.txt' --read o --out o --tokens 9"
+
+
+def test_a_prompt_that_a_session_has_is_in_its_file_once(tiny: str, here: Path) -> None:
+    begin(tiny)
+    run("write --session s --tokens 5 --out o.txt", PROMPT)
+    assert Path("o.txt").read_bytes().decode() == text_of("s")
+
+
 @pytest.mark.parametrize("suffix", [".txt", ".md", ".epub"])
 def test_export(suffix: str, tiny: str, here: Path) -> None:
     Path("novel.md").write_text("# One\n\nIt began & ended.\n\n# Two\n\nAgain.\n", "utf-8")
@@ -244,4 +282,5 @@ def test_where_there_is_no_session_commands_say_so(here: Path) -> None:
     for line in ("show .", "undo .", "export .", "fork . x", "repair .", "rm --yes ."):
         assert "holds no session" in refused(f"sessions {line}")
     assert "no folder nowhere" in refused("sessions ls nowhere")
+    assert "where you are" in refused("write --session .", "It was dark.")
     assert "the prompt is empty" in refused("write --session new")

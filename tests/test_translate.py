@@ -398,6 +398,33 @@ def test_a_session_keeps_its_source_and_settings(tiny: str, here: Path) -> None:
         assert "holds a translation; go on with templora translate" in done.stderr
 
 
+def test_no_other_file_is_overwritten(tiny: str, here: Path) -> None:
+    run(arguments(tiny))
+    Path("diary.txt").write_text("Dear diary", "utf-8")
+    for out in ("diary.txt", "de.txt"):
+        line = arguments(tiny).replace("--out out.txt", f"--out {out} --session out.txt.session")
+        before = Path(out).read_bytes()
+        done = CliRunner().invoke(app, ["translate", *line.split()])
+        assert done.exit_code == 2 and f"{out} exists and is never overwritten" in done.stderr
+        assert Path(out).read_bytes() == before
+    for _ in range(2):  # a new place, and the same again
+        run(arguments(tiny).replace("--out out.txt", "--out new.txt --session out.txt.session"))
+    run(arguments(tiny))
+    assert Path("new.txt").read_bytes() == Path("out.txt").read_bytes()
+
+
+def test_a_correction_is_utf_8(tiny: str, here: Path) -> None:
+    line = f"{arguments(tiny)} --corrections fixes"
+    run(line)
+    Path("fixes/00001.txt").write_bytes("\ufeffSu Mian ging.".encode())
+    run(line)
+    assert "\ufeff" not in Path("out.txt").read_text("utf-8")
+    assert "Su Mian ging." in Path("out.txt").read_text("utf-8")
+    Path("fixes/00001.txt").write_bytes("Gerät".encode("cp1252"))
+    done = CliRunner().invoke(app, ["translate", *line.split()])
+    assert done.exit_code == 2 and "fixes/00001.txt" in done.stderr and "UTF-8" in done.stderr
+
+
 def test_a_translation_stands_among_sessions(tiny: str, here: Path) -> None:
     run(arguments(tiny))
     passages = [line for line in journal() if line["op"] == "passage"]

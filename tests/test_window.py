@@ -136,3 +136,11 @@ def test_an_error_says_the_largest_that_works() -> None:
 def test_a_span_is_a_value() -> None:
     assert Span(1, 0, 4, 7) == Plan(4, 3, 4).span(1)
     assert Span(1, 0, 4, 7).tokens == 3
+
+
+def test_keys_that_stay_have_room_but_not_for_all_positions() -> None:
+    """A hundred thousand positions would fill a GPU."""
+    assert Plan(1024, 64, 1024, 131_072).room == 4 * 1088
+    assert Plan(256, 64, 256, 131_072).room == 2048
+    assert Plan(256, 64, 256, 512).room == 512
+    assert Plan(1024, 64, 1024).room == 2 * 1088
