@@ -246,15 +246,27 @@ def test_what_a_command_did_not_come_to_is_offered(tiny: str, here: Path) -> Non
     Path("a.txt").write_text("The lamp was lit. ", "utf-8")
     base = templora.load(tiny)
     with base.session("default", dir="s", window=40, chunk=16, context=40) as session:
-        session.read("The lamp was lit. ")
         given = {Path("a.txt"): "The lamp was lit. ", Path("b c.txt"): "It went out. "}
-        job = _Job(session, Path("s"), "And then", "", given, 9, None, False, {}, " --top-k 5")
+        job = _Job(
+            session, Path("s"), "And then", "", given, 9, None, False, {"score_base": False}, " --top-k 5"
+        )
+        next(job.events())
         assert job.going_on == "templora write --read 'b c.txt' 'And then' --session s --tokens 9 --top-k 5"
-        session.read("It went out. ")
-        session.read("And then")
+        for _ in job.events():
+            pass
         assert job.going_on == "templora write --session s --tokens 9 --top-k 5"
+        assert session.text.startswith("The lamp was lit. It went out. And then")
     job = _Job(base.session(), None, "And then", "", given, 9, Path("o"), False, {}, "")
     assert job.going_on == "templora write --read a.txt --read 'b c.txt' --read o --out o --tokens 9"
+
+
+def test_a_prompt_may_come_again_on_purpose(tiny: str, here: Path) -> None:
+    before = begin(tiny)
+    for _ in range(2):
+        run("write --session s --tokens 5", "\n* * *\n")
+    assert text_of("s").removeprefix(before).count("* * *") == 2
+    run("write --session s --tokens 5 --window 40", PROMPT)
+    assert text_of("s").count(PROMPT) == 1
 
 
 def test_a_prompt_that_a_session_has_is_in_its_file_once(tiny: str, here: Path) -> None:

@@ -137,9 +137,17 @@ class History:
         self._texts = [text for text in self._texts if text[0] <= tokens]
         self.drawn = self.draws[-1] if tokens else 0
 
-    def was_given(self, text: str) -> bool:
-        """Whether that text was given, whole and by itself, and is still there."""
-        return _digest(text) in [digest for _, digest in self._texts]
+    def was_given(self, text: str, after: int | None = None) -> bool:
+        """Whether that text was given, whole and by itself, and is still there.
+
+        after: only if at most so many were given before it, or if it is the end of all.
+        """
+        wanted, end = _digest(text), len(self.ids)
+        places = enumerate(self._texts)
+        return any(
+            digest == wanted and (after is None or place <= after or stop == end)
+            for place, (stop, digest) in places
+        )
 
     @property
     def seed(self) -> int:

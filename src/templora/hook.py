@@ -4,6 +4,8 @@ transformers prepares the logits processors, stopping criteria and length; the l
 """
 
 import sys
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +55,12 @@ def generate(
     _refuse(input_ids, generation_config)
     streamer = streamer or _callers_streamer()
     seed = int(torch.randint(2**31, ())) if seed is None else seed
-    # A model that is being trained is only borrowed.
-    trained = [module for module in model.modules() if module.training]
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    session = Base(model, None).session(recipe, seed=seed, **(recipe_overrides or {}))
-    session.extend(input_ids[0].tolist(), "")
     greedy = Sampling(temperature=1.0 if generation_config.do_sample else 0.0)
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(_borrowed(model))
+        session = Base(model, None).session(recipe, seed=seed, **(recipe_overrides or {}))
+        stack.callback(session.discard)
+        session.extend(input_ids[0].tolist(), "")
         for event in session.write(ENDLESS, sampling=greedy, processors=logits_processor, score_base=False):
             if not isinstance(event, Token):
                 continue
@@ -69,17 +70,25 @@ def generate(
                 streamer.put(token[0].cpu())
             if bool(stopping_criteria(input_ids, None).all()):  # pyright: ignore[reportArgumentType]
                 break
-    finally:
-        session.discard()
-        for module in trained:
-            module.training = True
-        for parameter in learning:
-            parameter.requires_grad_()
     if streamer is not None:
         streamer.end()
     if generation_config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=input_ids)  # pyright: ignore[reportArgumentType]
     return input_ids
+
+
+@contextmanager
+def _borrowed(model: PreTrainedModel) -> Generator[None]:
+    """Leave a model that is being trained as it was: which modules train, and which parameters."""
+    training = [module for module in model.modules() if module.training]
+    needed = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in needed:
+            parameter.requires_grad_()
 
 
 def _refuse(input_ids: Tensor, config: GenerationConfig) -> None:

@@ -72,17 +72,22 @@ def begun(wanted: Wanted, folder: Path | None = None) -> "Session":
     return base.session(recipe, seed=wanted.seed, dir=folder, parallel=wanted.parallel)
 
 
-def has_read(session: "Session", text: str) -> bool:
-    """Whether a session on disk was given that text before, by a command that is repeated."""
+def has_read(session: "Session", text: str, after: int | None = None) -> bool:
+    """Whether a session on disk was given that text before, by a command that is repeated.
+
+    after: how many books the command gives before it, if it is a prompt. That may well come again on purpose,
+    such as the line between two scenes, and so is the same only at the beginning or the very end.
+    """
     from templora.durable import DurableSession
 
-    return isinstance(session, DurableSession) and session.store.history.was_given(text)
+    return isinstance(session, DurableSession) and session.store.history.was_given(text, after)
 
 
-def _other(head: header.Header, wanted: Wanted) -> list[str]:
+def _other(folder: Path, wanted: Wanted) -> list[str]:
     """Options that ask for something else than a session was begun with."""
     if not (asked := [name for name in SETTLED if name in wanted.given]):
         return []
+    head = header.read(folder)
     now, recipe = header.recipe_of(head), load_recipe(wanted.recipe, wanted.pairs, wanted.sizes)
     keys = set(recipe.fixed)
     if {"recipe", "set_"} & wanted.given:
@@ -114,7 +119,7 @@ def opened(folder: Path, wanted: Wanted) -> "DurableSession":
         made = begun(wanted, folder)
         assert isinstance(made, DurableSession)
         return made
-    if settled := _other(header.read(folder), wanted):
+    if settled := _other(folder, wanted):
         names = ", ".join(f"--{name.rstrip('_')}" for name in settled)
         raise InvalidRecipe(f"{folder} exists and keeps what it was begun with; leave out {names}")
     from transformers.utils import logging

@@ -4,7 +4,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -148,7 +148,8 @@ class _Job:
     """What to write: after which texts, how much, where to, with which wishes for `Session.write`.
 
     folder: of a session on disk. opening: the prompt. origin: the option that it came from. given: what to
-    learn first, by file. path: a file for the text. again: options to repeat when going on.
+    learn first, by file. path: a file for the text. again: options to repeat when going on. came_to: what was
+    given so far.
     """
 
     session: "Session"
@@ -161,22 +162,31 @@ class _Job:
     append: bool
     wishes: dict[str, Any]
     again: str
+    came_to: list[str] = field(default_factory=list[str])
 
     def events(self) -> "Iterator[Event]":
         """Learn what is given, then write."""
+        told = self.has_prompt
         for text in (*self.given.values(), self.opening):
-            if text and not has_read(self.session, text):
+            self.came_to.append(text)
+            is_there = told if text is self.opening else has_read(self.session, text)
+            if text and not is_there:
                 yield from self.session.reading(text, score_base=self.wishes["score_base"])
         yield from self.session.write(self.tokens, **self.wishes)
+
+    @property
+    def has_prompt(self) -> bool:
+        """Whether the session was given the prompt before."""
+        return has_read(self.session, self.opening, after=len(self.given))
 
     @property
     def going_on(self) -> str:
         """The command that goes on, with what was not given yet."""
         words = "templora write"
         if self.folder is not None:
-            left = [path for path, text in self.given.items() if not has_read(self.session, text)]
+            left = [path for path, text in self.given.items() if text not in self.came_to]
             words += "".join(f" --read {shlex.quote(str(path))}" for path in left)
-            if self.opening and not has_read(self.session, self.opening):
+            if self.opening and self.opening not in self.came_to:
                 words += self.origin or f" {shlex.quote(self.opening)}"
             words += f" --session {shlex.quote(str(self.folder))}"
         else:
@@ -202,7 +212,7 @@ def _write(job: _Job, *, json: bool, quiet: bool) -> None:
                 file.echo(job.session.text)
             sinks.insert(0, file)
         interrupted = stack.enter_context(interruptible())
-        if not has_read(job.session, job.opening):
+        if not job.has_prompt:
             for each in sinks:
                 each.echo(job.opening)
         for event in report.send(job.events(), sinks):
