@@ -150,6 +150,10 @@ def _books(folder: Path) -> list[Path]:
 
 
 def _folder(path: Path) -> None:
+    """Get ready for tables and pictures: what cannot be drawn is said before hours of scoring."""
+    from templora.bench.plot import canvas
+
+    canvas()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -160,5 +164,5 @@ def _texts(path: Path) -> list[tuple[str, str]]:
     text = text_of(path)
     if ".jsonl" not in path.name:
         return [(path.name, text)]
-    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     return [(row["title"], row["text"]) for row in rows]
