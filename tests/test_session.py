@@ -537,6 +537,11 @@ def test_sizes_that_nobody_fixed_are_fitted_and_that_is_said_once() -> None:
     assert not [e for e in made.write(5) if isinstance(e, Warned)]
 
 
+def test_a_seed_that_no_generator_takes_is_refused() -> None:
+    with pytest.raises(InvalidRecipe, match="up to 18 digits"):
+        BASE.session(seed=2**70)
+
+
 def test_a_base_without_a_tokenizer_works_with_ids() -> None:
     base = templora.load(model=MODEL)
     made = base.session(seed=7, **FAST)

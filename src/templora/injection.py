@@ -106,7 +106,7 @@ def inject(model: PreTrainedModel, config: LoraConfig, seed: int, *, head: float
                 # A linear head over Conv1D blocks: PEFT sets it right, layer by layer, and in the config.
                 warnings.filterwarnings("ignore", message="fan_in_fan_out is set to True")
                 inject_adapter_in_model(config, model, SLOT)
-        except ValueError as error:
+        except (ValueError, re.error) as error:
             raise _no_layers(model, " ".join(str(error).split())[:160]) from error
         finally:
             sites = _take_out(model, originals)

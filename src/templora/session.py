@@ -60,6 +60,8 @@ class Session:
         seed: int = 0,
         **overrides: Any,
     ) -> None:
+        if not -(2**63) <= seed < 2**63:
+            raise InvalidRecipe(f"seed {seed} is too large; choose one of up to 18 digits")
         self.base, self.seed = base, seed
         wished = load_recipe(recipe, overrides)
         self.plan, self.recipe = fitted(wished, base.positions)
