@@ -6,7 +6,7 @@ MODEL ?= novelist
 ARGS ?=
 
 BIN := .venv/bin
-TESTS := $(BIN)/python -m pytest -q -n logical --dist worksteal
+TESTS := $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
