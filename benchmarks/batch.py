@@ -7,16 +7,14 @@ import time
 from typing import Any
 
 from benchmarks import shapes
-from benchmarks.measure import Column, Spread, in_child, parse, parser, ratio, save_table
+from benchmarks.measure import GREEDY, Column, Spread, in_child, parse, parser, ratio, save_table
 from benchmarks.willing import willing
 from templora.batch import Batch
 from templora.events import ChunkScored
 from templora.pen import Wishes
-from templora.sampling import Sampling
 from templora.tasks import batch as together
 from templora.tasks.score import scoring
 
-GREEDY = Sampling(temperature=0.0, repetition_penalty=1.0)
 STEP = 16  # tokens by which one text is further than the last
 
 

@@ -18,7 +18,7 @@ import torch
 import templora
 from benchmarks import shapes, whole_window
 from benchmarks.learn import OURS, ids_of, our_steps, plain_steps
-from benchmarks.measure import parse, parser, peak_mb, save, save_json, wait
+from benchmarks.measure import GREEDY, parse, parser, peak_mb, save, save_json, wait
 from benchmarks.needs import Needs, recipe
 from benchmarks.plain import PlainLoop
 from benchmarks.roofline import limits, measured
@@ -97,7 +97,7 @@ class Bench:
         session = willing(self.base.session("default", seed=1, window=window, context=window))
         session.extend(shapes.ids(self.sizes.shape, 1 + window), "")
         session.chunk = window // session.plan.chunk  # given, and not learned
-        wishes: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0, "score_base": False}
+        wishes: dict[str, Any] = {"sampling": GREEDY, "score_base": False}
         for _ in session.write(session.plan.chunk, **wishes):
             pass
         started, tokens = time.perf_counter(), 0

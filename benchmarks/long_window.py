@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks import long_text, shapes
 from benchmarks.long_text import given, grown
-from benchmarks.measure import Column, Spread, in_child, parse, parser, peak_mb, save, save_json
+from benchmarks.measure import GREEDY, Column, Spread, in_child, parse, parser, peak_mb, save, save_json
 from benchmarks.whole_window import DECODERS, costs, crossover, total
 from templora.bench.plot import canvas
 from templora.bench.plot import save as save_plot
@@ -27,7 +27,7 @@ def ours(shape: str, window: int, positions: int) -> tuple[float, float]:
     """(seconds a token, peak memory in MB) of base and adapter; for a process of its own."""
     base = shapes.base(shape, positions=positions)
     session = grown(base, given(shape, 1 + window), window, learned=True)
-    wishes: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0, "score_base": False}
+    wishes: dict[str, Any] = {"sampling": GREEDY, "score_base": False}
     for _ in session.write(session.plan.chunk, **wishes):
         pass
     tokens = base.positions - window  # the window is recomputed once

@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -20,9 +19,12 @@ import torch
 import templora
 from templora.bench.plot import canvas
 from templora.bench.plot import save as save_plot
+from templora.bench.result import peak_mb as peak_mb
 from templora.bench.tables import table
+from templora.sampling import Sampling
 
 Column = Callable[[Mapping[str, Any]], str]
+GREEDY = Sampling(temperature=0.0, repetition_penalty=1.0)  # and no DRY, whatever a base's own settings say
 OUT = Path(__file__).parent.parent / "docs" / "benchmarks"
 
 
@@ -64,11 +66,6 @@ def in_child(function: Callable[..., Any], *args: Any) -> Any:
 
 def _one_thread_each() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-
-
-def peak_mb() -> float:
-    """The largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def wait(device: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks import shapes
-from benchmarks.measure import Column, Spread, in_child, parser, ratio, save_table
+from benchmarks.measure import GREEDY, Column, Spread, in_child, parser, ratio, save_table
 from templora.adapter import Adapter
 from templora.metrics import perplexity
 from templora.passes import Passes
@@ -33,7 +33,7 @@ def writing(shape: str, given: int, tokens: int, sizes: dict[str, int], side: st
     for _ in session.learning():
         pass
     started = time.perf_counter()
-    for _ in session.write(tokens, temperature=0.0, repetition_penalty=1.0, score_base=False):
+    for _ in session.write(tokens, sampling=GREEDY, score_base=False):
         pass
     return time.perf_counter() - started, session.ids[1 + given :]
 

@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks import shapes
 from benchmarks.learn import start_of
 from benchmarks.measure import (
+    GREEDY,
     Column,
     Spread,
     cases,
@@ -57,7 +58,7 @@ def ours(shape: str, given: int, tokens: int, window: int, chunk: int, side: str
     session.extend(shapes.ids(shape, 1 + given), "")
     session.chunk = given // session.plan.chunk  # what is given is seen, not learned
     started = time.perf_counter()
-    for _ in session.write(tokens, temperature=0.0, repetition_penalty=1.0, score_base=False):
+    for _ in session.write(tokens, sampling=GREEDY, score_base=False):
         pass
     return time.perf_counter() - started, session.ids[1 + given :], peak_mb()
 

@@ -4,7 +4,6 @@ The base is scored as one does without an adapter, in strides of a quarter of it
 window is not made again for each few tokens.
 """
 
-import resource
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from templora.base import load
+from templora.bench.result import peak_mb
 from templora.bench.tables import table
 from templora.recipe import Recipe
 from templora.tasks.score import Scores, scoring
@@ -98,7 +98,7 @@ def _measure(
         perplexity,
         1000 * (scored - started) / scores.adapted.tokens,
         1000 * (ended - scored) / written,
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        peak_mb(),
     )
 
 

@@ -3,6 +3,7 @@
 import platform
 import resource
 import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def result(document: str, scores: Scores, session: Session, seconds: float) -> d
         "seconds": seconds,
         "learn_seconds": scores.learn_seconds,
         "guard": scores.guarded,
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_rss_mb": peak_mb(),
         "config": {
             "model": session.base.name,
             "recipe": session.recipe.model_dump(mode="json"),
@@ -48,6 +49,16 @@ def _measures(scores: Scores, which: str) -> dict[str, float | None] | None:
         "bits_per_byte": tally.bits_per_byte,
         "mean_chunk_perplexity": scores.mean_chunk_perplexity(f"{which}_nll"),
     }
+
+
+def peak_mb() -> float:
+    """The largest resident memory of this process so far, in MiB."""
+    status = Path("/proc/self/status")
+    for line in status.read_text("utf-8").splitlines() if status.exists() else []:
+        if line.startswith("VmHWM:"):  # getrusage knows the parent's as well, if that was larger
+            return int(line.split()[1]) / 1024
+    unit = 2**20 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def versions() -> dict[str, str]:
