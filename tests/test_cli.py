@@ -463,3 +463,18 @@ def test_a_reader_that_goes_away_ends_the_text_without_a_complaint(tiny: str, tm
         assert process.wait() == 1
     assert errors == b""
     assert out.read_bytes().startswith(first)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "write --prompts {tmp}/file --out-dir {tmp}/file",
+        "bench pg19 {tmp} --out {tmp}/file",
+        "translate {tmp}/file --from de --to en --out {tmp}/o --corrections {tmp}/file",
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_one_line(line: str, tmp_path: Path) -> None:
+    for name in ("file", "book.txt"):
+        (tmp_path / name).write_text("It was dark.\n", "utf-8")
+    done = CliRunner().invoke(app, line.format(tmp=tmp_path).split())
+    assert f"cannot make {tmp_path / 'file'}: File exists; choose another --" in refusal(done)

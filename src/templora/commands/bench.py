@@ -8,9 +8,9 @@ import typer
 
 from templora.commands.inputs import load_base, load_recipe, text_of, translation_sizes
 from templora.commands.options import Model, RecipeName
-from templora.commands.running import one_line_errors, say
+from templora.commands.running import make_folder, one_line_errors, say
 from templora.commands.score import Job, Results, score_all
-from templora.errors import InvalidText, OutputError
+from templora.errors import InvalidText
 
 if TYPE_CHECKING:
     from templora.recipe import Recipe
@@ -154,10 +154,7 @@ def _folder(path: Path) -> None:
     from templora.bench.plot import canvas
 
     canvas()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make {path}: {error.strerror}; choose another --out") from error
+    make_folder(path, "--out")
 
 
 def _texts(path: Path) -> list[tuple[str, str]]:

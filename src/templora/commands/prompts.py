@@ -11,7 +11,7 @@ import typer
 
 from templora.commands.inputs import load_base, load_recipe, text_of
 from templora.commands.opening import Wanted
-from templora.commands.running import INTERRUPTED, interruptible, say
+from templora.commands.running import INTERRUPTED, interruptible, make_folder, say
 from templora.errors import InvalidRecipe, InvalidText, OutputError
 
 if TYPE_CHECKING:
@@ -94,12 +94,7 @@ class _Files:
     """
 
     def __init__(self, folder: Path, prompts: Sequence[Prompt]) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"cannot write to {folder}: {error.strerror}; choose another --out-dir"
-            ) from error
+        make_folder(folder, "--out-dir")
         self._prompts = prompts
         self._paths = [folder / f"{prompt.name}.txt" for prompt in prompts]
         if there := next((path for path in self._paths if path.exists()), None):

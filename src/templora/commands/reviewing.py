@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 import typer
 
-from templora.commands.running import say
+from templora.commands.running import make_folder, say
 from templora.errors import InvalidText, OutputError
 
 if TYPE_CHECKING:
@@ -33,12 +33,7 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"cannot make {path}: {error.strerror}; choose another --corrections"
-            ) from error
+        make_folder(path, "--corrections")
 
     def changed(self, records: "Sequence[Translated]") -> Iterator[tuple[int, str]]:
         """Passages whose file says something else than what was learned."""

@@ -5,10 +5,11 @@ import signal
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 
 import typer
 
-from templora.errors import TemploraError
+from templora.errors import OutputError, TemploraError
 
 INTERRUPTED = 130  # the shell's code for a program that was stopped with Ctrl-C
 
@@ -16,6 +17,18 @@ INTERRUPTED = 130  # the shell's code for a program that was stopped with Ctrl-C
 def say(line: str) -> None:
     """A line to stderr, where it does not mix with the text."""
     typer.echo(line, err=True)
+
+
+def make_folder(path: Path, option: str) -> None:
+    """See that there is a folder, as the user asked with that option.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make {path}: {error.strerror}; choose another {option}") from error
 
 
 @contextmanager
