@@ -34,7 +34,8 @@ class Adapter:
     version: 0 when fresh, one more with each update. a, b: all A and all B matrices, flat views of
     `flat`, which are what an optimiser steps; `gradient` is laid out as `flat`. sites: where it works. start:
     of the base, for recipes that want it. squares: what it says of the mean squares of the gradients of `a`
-    and of `b`, laid out as they are; None if nothing.
+    and of `b`, laid out as they are; None if nothing. layers_b: each layer's B, [out, rank], and its gradient,
+    views as well.
     """
 
     def __init__(
@@ -64,12 +65,6 @@ class Adapter:
     def parameters(self) -> int:
         """How many numbers it holds."""
         return self.flat.numel()
-
-    @property
-    def layers_b(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Each layer's B, [out, rank], and its gradient: views of `flat` and `gradient`."""
-        weights = [site.b.detach() for site in self.sites]
-        return weights, [site.b.grad for site in self.sites if site.b.grad is not None]
 
     @contextmanager
     def attached(self, *, training: bool = False) -> Generator[None]:
@@ -173,6 +168,7 @@ class Adapter:
         self._merged, self._can_merge, self.squares = None, False, None
         self.flat = self.gradient = torch.empty(0)
         self.a = self.b = nn.Parameter(self.flat)
+        self.layers_b = [], []
 
     @contextmanager
     def _standing(self, layers: Sequence[nn.Module]) -> Generator[None]:
@@ -212,6 +208,8 @@ class Adapter:
             both.grad = None  # of the shape before
             both.data = self.flat[rows]
             both.grad = self.gradient[rows]
+        of_b = [site.b for site in self.sites]
+        self.layers_b = [b.detach() for b in of_b], [b.grad for b in of_b if b.grad is not None]
 
     def _weights(self) -> list[nn.Parameter]:
         return [site.a for site in self.sites] + [site.b for site in self.sites]

@@ -39,14 +39,14 @@ class LayerRates(Slopes):
         """Make each layer's step as long as its rate says.
 
         Args:
-            before, weights: each layer's B, [out, rank], before an optimiser's step and after it; the latter
-                are changed in place.
+            before, weights: each layer's B, [out, rank], before an optimiser's step and after it. The former
+                are used up, the latter are changed in place.
         """
         layers = zip(before, weights, self.trace, self.logs.exp().tolist(), strict=True)
         for old, weight, trace, factor in layers:
-            step = weight - old
-            weight.copy_(old).add_(step, alpha=factor)
-            trace.mul_(DECAY).add_(step, alpha=factor)
+            torch.lerp(old, weight, factor, out=weight)
+            made = torch.sub(weight, old, out=old)
+            trace.mul_(DECAY).add_(made)
 
     @property
     def tensors(self) -> list[Tensor]:

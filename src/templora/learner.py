@@ -116,7 +116,6 @@ class Learner:
             raise
         finally:
             self._savepoint.done()
-            adapter.gradient.zero_()
         adapter.updated()
         return Update(adapter.version, rate, norm, share)
 

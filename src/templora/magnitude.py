@@ -31,8 +31,9 @@ class Slopes:
         Args:
             weights, others: for each layer two tensors of one shape, whose product's sum is the slope.
         """
-        products = torch._foreach_mul(weights, others)  # pyright: ignore[reportPrivateUsage]
-        slopes = torch.stack([product.sum() for product in products])
+        # Not the sum of a product, which writes and reads all of it once more.
+        pairs = zip(weights, others, strict=True)
+        slopes = torch.stack([torch.dot(one.reshape(-1), other.reshape(-1)) for one, other in pairs])
         self.steps += 1
         self.mean.lerp_(slopes, 1 - BETA1)
         self.square.lerp_(slopes * slopes, 1 - BETA2)
