@@ -1,8 +1,8 @@
 """Whether base and adapter slow down as a text grows: the same work late in a short text and in a long one.
 
 Both texts are sessions of one process on one base, and take turns. What is timed is as many tokens as lie
-between two recomputed windows, so that each side recomputes its window once; before each round both are put
-back to where they were. How they got there is not timed.
+positions allow until the window goes back to the first ones, so that each side does that once; before each
+round both are put back to where they were. How they got there is not timed.
 """
 
 import time

@@ -3,7 +3,7 @@
 First, the speed of writing and of learning at the end of a text of 5,000 tokens and of one of 100,000
 (`long_text`). Second, writing with base and adapter against the base alone with the whole text in its window,
 with the faster of two decoders (`whole_window`): what a token costs is measured at a few lengths and added
-up. Base and adapter are measured with a full window, learning and the recomputing of the window included.
+up. Base and adapter are measured with a full window, learning included.
 """
 
 import time
@@ -30,7 +30,7 @@ def ours(shape: str, window: int, positions: int) -> tuple[float, float]:
     wishes: dict[str, Any] = {"sampling": GREEDY, "score_base": False}
     for _ in session.write(session.plan.chunk, **wishes):
         pass
-    tokens = base.positions - window  # the window is recomputed once
+    tokens = base.positions - window  # positions run out once
     started = time.perf_counter()
     for _ in session.write(tokens, **wishes):
         pass

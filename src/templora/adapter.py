@@ -34,8 +34,8 @@ class Adapter:
     version: 0 when fresh, one more with each update. a, b: all A and all B matrices, flat views of
     `flat`, which are what an optimiser steps; `gradient` is laid out as `flat`. sites: where it works. start:
     of the base, for recipes that want it. squares: what it says of the mean squares of the gradients of `a`
-    and of `b`, laid out as they are; None if nothing. layers_b: each layer's B, [out, rank], and its gradient,
-    views as well.
+    and of `b`, laid out as they are; None if nothing. layers_b: each layer's B, [out, rank], and its
+    gradient, views as well.
     """
 
     def __init__(

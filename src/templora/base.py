@@ -20,6 +20,7 @@ from templora.cache import WindowCache
 from templora.cross_entropy import linear_nll, logits_nll
 from templora.errors import InvalidRecipe
 from templora.probe import Probe, Watch, probe
+from templora.rotary import Rotary, rotary_of
 
 # What configs call it: nearly all of them, MPT, BLOOM.
 POSITIONS = ("max_position_embeddings", "max_seq_len", "seq_length")
@@ -29,7 +30,8 @@ class Base:
     """A loaded model with its tokenizer. Make one with `templora.load`.
 
     name: what it was loaded as. positions: how many it was trained for, None if without limit. start: what
-    its folder says of where its adapters begin, see `templora.start`; empty where that is nothing.
+    its folder says of where its adapters begin, see `templora.start`; empty where that is nothing. rotary:
+    moves its keys to other positions; None where they must be made again.
     """
 
     def __init__(
@@ -46,6 +48,8 @@ class Base:
         self.vocabulary: int = text.vocab_size
         accepted = inspect.signature(model.forward).parameters
         self._accepts = {"position_ids", "logits_to_keep"} & accepted.keys()
+        turns = "position_ids" in self._accepts
+        self.rotary: Rotary | None = rotary_of(model, self.positions) if turns else None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

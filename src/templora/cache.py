@@ -1,11 +1,11 @@
 """Keys and values of the visible tokens, in buffers that are allocated once.
 
-In a `WindowCache` the place in the buffer is the position id, so what is kept never has to move and
-positions never pass the capacity. It speaks transformers' `Cache` protocol, so any model that uses
+In a `WindowCache` the place in the buffer is the position id, so positions never pass the capacity; what is
+kept moves only when they run out. It speaks transformers' `Cache` protocol, so any model that uses
 that protocol works unchanged. It does not know who made the keys: it only carries their version.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+# Every block's keys, [1, heads, tokens, head_dim] each, as they would be so many positions later.
+Moved = Callable[[Sequence[Tensor], int], list[Tensor]]
 
 
 class _Layer(CacheLayerMixin):
@@ -144,6 +147,20 @@ class WindowCache(Cache):
             assert isinstance(layer, WindowLayer)
             layer.first = min(max(layer.first, token - self.origin), layer.stop)
 
+    def move_to_front(self, token: int, moved: Moved) -> None:
+        """Hide all tokens older than that index of the text, and let it be the one at position 0.
+
+        If this fails half-way, what is cached is of no use any more. moved: see `rotary`.
+        """
+        self.forget_before(token)
+        kept = [state for layer in self.layers if "keys" in (state := _state_of(layer))]
+        keys = moved([state["keys"] for state in kept], self.origin - token)
+        for layer, state, own in zip(self.layers, kept, keys, strict=True):
+            assert isinstance(layer, WindowLayer)
+            layer.first = layer.stop = 0
+            layer.update(own, state["values"])
+        self.origin = token
+
     def crop(self, token: int) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Forget all tokens from that index of the text on."""
         for layer in self.layers:
@@ -152,8 +169,8 @@ class WindowCache(Cache):
 
     def state(self) -> dict[str, Any]:
         """Everything in it, copied: plain values and tensors."""
-        layers = [layer for layer in self.layers if isinstance(layer, WindowLayer)]
-        return {"origin": self.origin, "version": self.version, "layers": [layer.state() for layer in layers]}
+        layers = [_state_of(layer) for layer in self.layers]
+        return {"origin": self.origin, "version": self.version, "layers": layers}
 
     def load_state(self, state: dict[str, Any], device: torch.device) -> None:
         """Continue, on that device, from what `state` returned."""
@@ -190,6 +207,11 @@ class WindowCache(Cache):
         except BaseException:
             self.crop(stop)
             raise
+
+
+def _state_of(layer: object) -> dict[str, Any]:
+    assert isinstance(layer, WindowLayer)
+    return layer.state()
 
 
 def _prefix_layer(layer: object, rows: slice) -> PrefixLayer:

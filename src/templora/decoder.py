@@ -1,9 +1,10 @@
 """The visible window as the model sees it: what is cached, what must be run, under which adapter.
 
 Python ints in and out; it knows nothing of text. Before each chunk the keys of the window are made what the
-recipe wants: recomputed (every visible token runs again under the newest adapter), reused (old keys stay
-until positions run out, but nothing older than the window is visible), or the base's own (the finished chunk
-runs again under the bare base, so that no key is ever stale).
+recipe wants: recomputed (every visible token runs again under the newest adapter), reused (old keys stay,
+but nothing older than the window is visible), or the base's own (the finished chunk runs again under the bare
+base, so that no key is ever stale). Where positions run out, keys that stay move to the front; with a base
+that does not allow that, the window runs again.
 """
 
 from collections.abc import Sequence
@@ -75,10 +76,14 @@ class Decoder:
             return
         fits = span.stop - self.cache.origin <= self.cache.capacity
         continues = self.cache.first <= span.visible and self.cache.stop > span.visible
-        if self.stays and self.chunk is not None and fits and continues:
+        moved = self.base.rotary
+        if self.stays and self.chunk is not None and continues and (fits or moved):
             self.cache.forget_before(span.visible)
             if self.base_encodes:  # what the adapter's own chunk left behind goes
                 self.cache.crop(self.plan.span(self.chunk).start - 1)
+            if moved and not fits:
+                self.chunk = None  # should this fail half-way, the window is made anew
+                self.cache.move_to_front(span.visible, moved)
         else:
             self.cache.restart(span.visible)
         if self.base_encodes and self.cache.stop < span.start - 1:

@@ -42,7 +42,8 @@ class RowPasses:
 
     def __init__(self, base: Base, stack: Stack, plan: Plan, recipe: Recipe, size: int) -> None:
         self.base, self.stack, self.plan = base, stack, plan
-        self.adapted, self.bare = (Rows(size, plan, stays=recipe.cache != "recompute") for _ in range(2))
+        stays = recipe.cache != "recompute"
+        self.adapted, self.bare = (Rows(size, plan, stays=stays, moved=base.rotary) for _ in range(2))
 
     def join(self, adapter: Adapter) -> None:
         """A text that has nothing cached yet takes the next row."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from templora.cache import PrefixLayer, WindowLayer
+from templora.cache import Moved, PrefixLayer, WindowLayer
 from templora.window import Plan, Span
 
 
@@ -72,8 +72,8 @@ class Rows(Cache):
     whose output predicts the chunk's first.
     """
 
-    def __init__(self, size: int, plan: Plan, *, stays: bool) -> None:
-        self.size, self.plan, self.stays = size, plan, stays
+    def __init__(self, size: int, plan: Plan, *, stays: bool, moved: Moved | None = None) -> None:
+        self.size, self.plan, self.stays, self._moved = size, plan, stays, moved
         self.capacity = 2 * (plan.window + plan.chunk)  # columns
         self._positions = plan.room if stays else plan.window + plan.chunk
         super().__init__(layer_class_to_replicate=self._new_layer)  # pyright: ignore[reportArgumentType]
@@ -105,7 +105,7 @@ class Rows(Cache):
         if self.stop + self.plan.chunk > self.capacity:
             self._move_to_front()
         self.chunk = self.stop
-        return [row for row, span in enumerate(spans) if self._begins_anew(self.places[row], span)]
+        return [row for row, span in enumerate(spans) if self._begins_anew(row, span)]
 
     def fill(self, row: int, window: Cache) -> None:
         """The window of one row, as a pass over it from its first token to just before the chunk made it."""
@@ -167,20 +167,33 @@ class Rows(Cache):
         seen = torch.arange(first, column + tokens, device=device)
         return seen.unsqueeze(0) >= torch.tensor(columns, device=device).unsqueeze(1)
 
-    def _begins_anew(self, place: Place, span: Span) -> bool:
+    def _begins_anew(self, row: int, span: Span) -> bool:
         """As `Decoder` decides it; whether the row's window must be run again."""
+        place = self.places[row]
         if place.chunk == span.chunk:
             return False
         fits = span.stop - place.origin <= self._positions
         continues = place.first <= span.visible and place.stop > span.visible
         known = place.chunk is not None
         place.chunk = span.chunk
-        if self.stays and known and fits and continues:
+        if self.stays and known and continues and (fits or self._moved):
             place.first = span.visible
+            if self._moved and not fits:
+                self._to_front(row, self._moved)
             return False
         place.origin = place.first = span.visible
         place.stop = span.start - 1
         return place.stop > place.first
+
+    def _to_front(self, row: int, moved: Moved) -> None:
+        """Let the oldest visible token of a row be the one at position 0; its column stays what it is."""
+        place = self.places[row]
+        chunk, place.chunk = place.chunk, None  # should this fail half-way, the window is made anew
+        rows, first = slice(row, row + 1), self._column(row)
+        keys = [layer.part(rows, first, self.stop)[0] for layer in self._row_layers()]
+        for own, other in zip(keys, moved(keys, place.origin - place.first), strict=True):
+            own.copy_(other)
+        place.origin, place.chunk = place.first, chunk
 
     def _column(self, row: int) -> int:
         """Of the oldest visible token."""

@@ -65,7 +65,7 @@ class Plan:
 
     @property
     def room(self) -> int:
-        """Positions that keys which stay may take before the window is computed again from 0.
+        """Positions that keys which stay may take before the window begins at 0 again.
 
         Not all that the base has: buffers of a hundred thousand would fill a GPU, for nothing.
         """
