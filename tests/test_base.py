@@ -1,8 +1,11 @@
 """The base: how many positions it has, how it ends and begins a text, what it refuses."""
 
+from pathlib import Path
+
 import pytest
 
 import templora
+from templora.errors import ModelNotFound
 from templora.testing import ByteTokenizer, tiny_llama
 from tests.architectures import ARCHITECTURES, MORE, POSITIONS, Architecture
 
@@ -50,3 +53,11 @@ def test_several_tokens_may_end_a_document() -> None:
 def test_two_bases_differ_in_their_fingerprint_and_a_base_does_not_from_itself() -> None:
     prints = [templora.load(model=tiny_llama(seed)).fingerprint() for seed in (0, 0, 1)]
     assert prints[0] == prints[1] != prints[2]
+
+
+def test_a_damaged_model_is_an_error_in_one_line(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelNotFound, match="cannot load"):
+        templora.load(str(tmp_path))

@@ -55,6 +55,17 @@ class Heard(BaseStreamer):
         self.ended += 1
 
 
+class Wants(LogitsProcessor):
+    """Makes one token likely wherever it is allowed."""
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        scores[:, self.token] += 100
+        return scores
+
+
 class Only(LogitsProcessor):
     """Leaves one token."""
 
@@ -154,6 +165,17 @@ def test_the_settings_of_generate_become_processors() -> None:
     assert torch.equal(one, greedy)
     free = generate(max_new_tokens=12, do_sample=True, suppress_tokens=list(range(200)))
     assert min(free[0, PROMPT.shape[1] :].tolist()) >= 200
+
+
+def test_processors_that_count_see_the_whole_text() -> None:
+    # The prompt is longer than the window, so that what is visible is never long enough.
+    wishes: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": 256}
+    written = generate(**wishes, forced_eos_token_id=256)
+    assert written[0, -1] == 256 and 256 not in written[0, :-1], "at the end, and not before"
+    least, eager = PROMPT.shape[1] + 5, LogitsProcessorList([Wants(256)])
+    assert generate(**wishes, logits_processor=eager).shape[1] == PROMPT.shape[1] + 1
+    assert generate(**wishes, logits_processor=eager, min_length=least).shape[1] == least + 1
+    assert generate(**wishes, logits_processor=eager, min_new_tokens=3).shape[1] == PROMPT.shape[1] + 4
 
 
 def test_stopping_criteria_of_the_caller_end_the_text() -> None:

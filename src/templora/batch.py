@@ -72,8 +72,7 @@ class Text(Session):
     def draw(self, logits: torch.Tensor) -> Token | None:
         """Write one token, from [vocab]; None if it ends the text."""
         pen, span = self.pen, self.plan.span(self.chunk)
-        visible = self.ids[span.visible :]
-        token = self.sampler.draw(logits, visible, pen.processors, greedy=pen.greedy)
+        token = self.sampler.draw(logits, pen.shown(span.visible), pen.processors, greedy=pen.greedy)
         if (piece := pen.take(token)) is None:
             return None
         self._append(token, piece)

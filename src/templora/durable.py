@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from safetensors import SafetensorError
-from transformers import LogitsProcessorList
 
 from templora import header, snapshot
 from templora.base import Base, load
 from templora.errors import OutputError, SessionClosed, TemploraError, WrongBase
 from templora.events import ChunkScored, Event, Warned
 from templora.metrics import Tally, count
+from templora.pen import Pen
 from templora.recipe import Recipe
 from templora.replay import Replay
 from templora.sampling import Sampler
@@ -187,9 +187,9 @@ class DurableSession(Session):
     def _append(self, token: int, piece: str) -> None:
         self.store.own(token, piece, self.sampler.draws)
 
-    def _next_token(self, processors: LogitsProcessorList, *, greedy: bool) -> int:
+    def _next_token(self, pen: Pen) -> int:
         self._check_open()
-        return super()._next_token(processors, greedy=greedy)
+        return super()._next_token(pen)
 
     def _looked(self) -> None:
         self.store.look(self.sampler.draws)

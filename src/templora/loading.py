@@ -89,7 +89,9 @@ def _read(name: str, reader: Callable[..., Any], place: str, **kwargs: object) -
     """Call one of transformers' readers; whatever it raises becomes a `ModelNotFound` in one line."""
     try:
         return reader(place, **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file, a missing library or a wrong config: each raises its own
         words = re.sub(r"'?https?://\S+", "the hub", str(error))
         reason = textwrap.shorten(words, 200, placeholder=" …")
         cure = f"the embedded base is {EMBEDDED!r}; else give a local folder or a hub id"

@@ -59,6 +59,13 @@ class Pen:
         """Whether the likeliest token is taken."""
         return self.wishes.sampling.temperature == 0
 
+    def shown(self, visible: int) -> Sequence[int]:
+        """The ids that processors are given, of which those from that index on are visible.
+
+        A caller's own get the whole text, as in transformers: some count its tokens (min_length, forced EOS).
+        """
+        return self.ids[visible:] if self.wishes.processors is None else self.ids
+
     @property
     def done(self) -> bool:
         """Whether there is nothing more to write."""

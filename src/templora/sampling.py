@@ -118,7 +118,7 @@ class Sampler:
     def draw(
         self,
         logits: Tensor,
-        visible: Sequence[int],
+        shown: Sequence[int],
         processors: LogitsProcessorList,
         *,
         greedy: bool,
@@ -126,10 +126,10 @@ class Sampler:
         """One token id.
 
         Args:
-            logits: [vocab]. visible: ids of the tokens seen, for the processors that look at them.
+            logits: [vocab]. shown: ids, for the processors that look at them.
             greedy: take the likeliest.
         """
-        scores = filtered(processors, visible, logits.float().unsqueeze(0))[0]
+        scores = filtered(processors, shown, logits.float().unsqueeze(0))[0]
         if greedy:
             return int(scores.argmax())
         # Drawn on the CPU, where the generator lives: the same seed gives the same text on any device.

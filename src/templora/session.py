@@ -152,7 +152,7 @@ class Session:
             tokens: how many to write at most.
             sampling: how to draw; else the base's own generation config with `sampling_wishes`
                 (the fields of `Sampling`: temperature, top_k, …, dry_multiplier) over it.
-            processors: transformers logits processors to use in place of all that.
+            processors: transformers logits processors to use in place of all that; they get the whole text.
             stop: strings that end the text when they appear in what is written.
             stop_at_eos: end where the model ends a document; otherwise it is never drawn.
             score_base: also score each chunk under the bare base, for comparison.
@@ -184,7 +184,7 @@ class Session:
                 clock = time.perf_counter()
             if pen.done:
                 break
-            token = self._next_token(pen.processors, greedy=pen.greedy)
+            token = self._next_token(pen)
             piece = pen.take(token)
             if piece is None:
                 self._looked()
@@ -271,11 +271,11 @@ class Session:
         self._text.write(piece)
         self._written += 1
 
-    def _next_token(self, processors: LogitsProcessorList, *, greedy: bool) -> int:
+    def _next_token(self, pen: Pen) -> int:
         span = self.plan.span(self.chunk)
         with fits_in_memory(self.plan):
             logits = self.decoder.logits(self.ids, span)
-            return self.sampler.draw(logits, self.ids[span.visible :], processors, greedy=greedy)
+            return self.sampler.draw(logits, pen.shown(span.visible), pen.processors, greedy=pen.greedy)
 
     def _finish_full_chunks(self, score_base: bool, clock: float | None = None) -> Iterator[Event]:
         clock = time.perf_counter() if clock is None else clock

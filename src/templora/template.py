@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import TemplateError
 
 from templora.base import Base
 from templora.errors import InvalidTemplate
@@ -49,18 +50,26 @@ class Template:
         return base.eos_ids[:1]
 
     def _chat(self, base: Base, pairs: Sequence[Pair], source: str, asked: str) -> list[int]:
-        messages: list[dict[str, str]] = []
-        if self.system or asked:
-            messages.append({"role": "system", "content": self._filled(self.system) + asked})
+        turns: list[dict[str, str]] = []
         for a, b in pairs:
-            messages.append({"role": "user", "content": self._filled(self.prompt, source=a)})
-            messages.append({"role": "assistant", "content": b})
-        messages.append({"role": "user", "content": self._filled(self.prompt, source=source)})
-        text: Any = base.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return base.encode(str(text))
+            turns.append({"role": "user", "content": self._filled(self.prompt, source=a)})
+            turns.append({"role": "assistant", "content": b})
+        turns.append({"role": "user", "content": self._filled(self.prompt, source=source)})
+        if not (system := self._filled(self.system) + asked):
+            return _ids_of(base, turns)
+        try:
+            return _ids_of(base, [{"role": "system", "content": system}, *turns])
+        except TemplateError:  # a model that knows no such role, as the first Gemmas: the first turn says it
+            first = {"role": "user", "content": f"{system}\n\n{turns[0]['content']}"}
+            return _ids_of(base, [first, *turns[1:]])
 
     def _filled(self, text: str, **more: str) -> str:
         return text.format(**self.languages, **more)
+
+
+def _ids_of(base: Base, messages: list[dict[str, str]]) -> list[int]:
+    text: Any = base.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return base.encode(str(text))
 
 
 def load(name: str | Path, base: Base, source_language: str, target_language: str) -> Template:
@@ -82,6 +91,8 @@ def load(name: str | Path, base: Base, source_language: str, target_language: st
         ) from error
     if not isinstance(values, dict) or "prompt" not in values or not values.keys() <= FIELDS:
         raise InvalidTemplate(f"template {name} needs the key prompt, and may have end, terms and system")
+    if wrong := next((key for key, value in values.items() if not isinstance(value, str)), None):
+        raise InvalidTemplate(f"template {name}: {wrong} is no text; put it in quotes")
     if "end" not in values and not has_chat:
         raise InvalidTemplate(f"template {name} is for chat models, and this base is none; say plain")
     made = Template(
@@ -95,6 +106,10 @@ def load(name: str | Path, base: Base, source_language: str, target_language: st
         made.ids(base, [("a", "b")], "a", {"a": "b"})
     except (KeyError, IndexError, ValueError) as error:
         raise InvalidTemplate(f"template {name} has a field that is not known: {error}") from error
+    except TemplateError as error:
+        raise InvalidTemplate(
+            f"the chat template of this base refuses a translation ({error}); say plain, or another base"
+        ) from error
     return made
 
 
