@@ -89,6 +89,57 @@ def test_tmx_as_its_standard_wants_it(tmp_path: Path) -> None:
         }
 
 
+def memory(path: Path, header: str, units: list[dict[str, str]]) -> None:
+    """A TMX file of any languages."""
+    body = "".join(
+        "<tu>" + "".join(f'<tuv xml:lang="{k}"><seg>{v}</seg></tuv>' for k, v in unit.items()) + "</tu>"
+        for unit in units
+    )
+    path.write_text(f'<tmx version="1.4"><header srclang="{header}"/><body>{body}</body></tmx>', "utf-8")
+
+
+@pytest.mark.parametrize("header", ["en", "*all*", "de"])
+def test_tmx_is_read_for_the_languages_that_are_asked_for(header: str, tmp_path: Path) -> None:
+    units = [{"en": "one", "DE": "eins", "fr-CA": "un"}, {"en": "two", "DE": "zwei"}]
+    memory(tmp_path / "a.tmx", header, units)
+
+    def read(source: str | None, target: str | None) -> list[Segment]:
+        return bilingual.read(tmp_path / "a.tmx", (source, target)).segments
+
+    assert read("de", "en") == [Segment("eins", "one"), Segment("zwei", "two")]
+    assert read("en", "fr") == [Segment("one", "un"), Segment("two", None)]
+    assert read("en", "fr-CA") == read("en", "fr")
+    assert read("en", "es") == [Segment("one", None), Segment("two", None)]
+    assert read("fr", "de") == [Segment("un", "eins")]
+    # Of a source that no segment has, the file knows better.
+    assert read("ja", "fr") == read(None, None) == bilingual.read(tmp_path / "a.tmx").segments
+
+
+def test_tmx_is_written_where_it_was_read(tmp_path: Path) -> None:
+    memory(
+        tmp_path / "a.tmx", "en", [{"en": "one", "de": "eins", "fr-CA": "un"}, {"en": "two"}, {"de": "drei"}]
+    )
+    found = bilingual.read(tmp_path / "a.tmx", ("de", "fr"))
+    assert found.segments == [Segment("eins", "un"), Segment("drei")]
+    bilingual.write(tmp_path / "b.tmx", found.translated(["UN", "TROIS"], "de", "fr"), tmp_path / "a.tmx")
+    language = "{http://www.w3.org/XML/1998/namespace}lang"
+    units = etree.parse(tmp_path / "b.tmx").getroot().iterfind("body/tu")
+    assert [{v.get(language): v.findtext("seg") for v in unit} for unit in units] == [
+        {"en": "one", "de": "eins", "fr-CA": "UN"},
+        {"en": "two"},
+        {"de": "drei", "fr-CA": "TROIS"},
+    ]
+
+
+def test_tmx_regions_are_told_apart(tmp_path: Path) -> None:
+    memory(tmp_path / "a.tmx", "*all*", [{"en-GB": "lift", "en-US": "elevator", "zh-CN": "电梯"}])
+    read = lambda *languages: bilingual.read(tmp_path / "a.tmx", languages).segments  # noqa: E731
+    assert read("en-US", "en-GB") == [Segment("elevator", "lift")]
+    assert read("en", "en-GB") == [Segment("elevator", "lift")]
+    assert read("zh", "en_us") == [Segment("电梯", "elevator")]
+    assert read("zh", "zh-TW") == [Segment("电梯", None)]
+
+
 def test_xliff_as_its_standard_wants_it_and_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "a.xlf").write_text(XLIFF, "utf-8")
     found = bilingual.read(tmp_path / "a.xlf")
@@ -158,6 +209,125 @@ def test_an_epub_keeps_all_but_its_words(book: Path, tmp_path: Path) -> None:
     assert page.find(".//{*}h1/{*}span").get("id") == "page-1"
     assert len(page.findall(".//{*}img")) == 2
     assert [s.source for s in bilingual.read(tmp_path / "b.epub").segments] == targets
+
+
+HTML = '<html xmlns="http://www.w3.org/1999/xhtml"><head><title>T</title></head><body>{}</body></html>'
+
+
+def paged(book: Path, page: bytes) -> Path:
+    """The book, its second page another one."""
+    path = book.with_name("paged.epub")
+    with zipfile.ZipFile(book) as source, zipfile.ZipFile(path, "w") as target:
+        for info in source.infolist():
+            is_page = info.filename.endswith("chapter-001.xhtml")
+            target.writestr(info, page if is_page else source.read(info))
+    return path
+
+
+def translated(book: Path, html: str) -> tuple[list[str], etree._Element]:
+    """What is read of a page, and the page with all of that in capitals."""
+    before = len(bilingual.read(paged(book, HTML.format("").encode())).segments)
+    path = paged(book, HTML.format(html).encode())
+    found = bilingual.read(path)
+    targets = [segment.source.upper() for segment in found.segments]
+    out = book.with_name("out.epub")
+    bilingual.write(out, found.translated(targets, "fr", "en"), path, overwrite=True)
+    assert [segment.source for segment in bilingual.read(out).segments] == targets
+    with zipfile.ZipFile(out) as file:
+        page = etree.fromstring(file.read("EPUB/chapter-001.xhtml"))
+    return [segment.source for segment in found.segments][before:], page
+
+
+@pytest.mark.parametrize("coding", ["utf-8", "utf-16", "iso-8859-1"])
+@pytest.mark.parametrize("doctype", ["", "<!DOCTYPE html>"])
+def test_named_entities_are_characters(book: Path, doctype: str, coding: str) -> None:
+    html = HTML.format(
+        "<!-- &nbsp; --><p>Le caf&eacute; &mdash; l&rsquo;ami&nbsp;! &lt;&amp;&gt; &#233; &NotEqualTilde;</p>"
+        '<p><img src="x.png" alt="&eacute;"/> &nosuch; &LT;b&GT;</p>'
+    )
+    page = f'<?xml version="1.0" encoding="{coding}"?>{doctype}{html}'.encode(coding)
+    found = [segment.source for segment in bilingual.read(paged(book, page)).segments]
+    assert found[-2:] == ["Le café — l’ami ! <&> é \u2242\u0338", "<b>"]
+
+
+def test_what_stays_in_a_paragraph_is_kept_once_and_not_translated(book: Path) -> None:
+    svg = '<svg xmlns="http://www.w3.org/2000/svg"><title>croquis</title><g><image id="a"/></g></svg>'
+    audio = '<audio src="a.mp3">pas de son</audio>'
+    found, page = translated(book, f"<p>voici {svg} fin {audio}</p><p><a id='b'>{svg}</a></p>")
+    assert found == ["voici fin"]
+    first, second = page.iterfind(".//{*}p")
+    assert [etree.QName(e).localname for e in first] == ["svg", "audio"]
+    assert [len(p.findall(".//{*}image")) for p in (first, second)] == [1, 1]
+    assert first.findtext(".//{*}title") == "croquis"
+    assert first.findtext("{*}audio") == "pas de son"
+
+
+@pytest.mark.parametrize(
+    ("page", "passages", "after"),
+    [
+        (
+            "<ul><li>Item <b>one</b><ul><li>inner</li></ul></li></ul>",
+            ["Item one", "inner"],
+            "<ul><li><span>ITEM ONE</span><ul><li>INNER</li></ul></li></ul>",
+        ),
+        (
+            "<blockquote>Direct text<p>second</p></blockquote>",
+            ["Direct text", "second"],
+            "<blockquote><span>DIRECT TEXT</span><p>SECOND</p></blockquote>",
+        ),
+        (
+            "<div>Bare <div>x</div> tail <img src='x.png'/></div>",
+            ["Bare", "x", "tail"],
+            '<div><span>BARE</span><div>X</div><span>TAIL<img src="x.png"/></span></div>',
+        ),
+        (
+            # A table of contents may have nothing but a link there.
+            "<ol><li><a href='#a'>Part</a> <ol><li><a href='#b'>One</a></li></ol></li></ol>",
+            ["Part", "One"],
+            '<ol><li><a href="#a">PART</a> <ol><li><a href="#b">ONE</a></li></ol></li></ol>',
+        ),
+        (
+            "<div><p>a</p><script>no()</script><pre>no</pre><!-- no -->\n<section>b</section></div>",
+            ["a", "b"],
+            None,
+        ),
+    ],
+)
+def test_words_beside_a_block_are_a_passage(
+    book: Path, page: str, passages: list[str], after: str | None
+) -> None:
+    found, tree = translated(book, page)
+    assert found == passages
+    if after:
+        body = tree.find("{*}body")
+        assert body is not None
+        text = etree.tostring(body, encoding="unicode").replace(' xmlns="http://www.w3.org/1999/xhtml"', "")
+        assert text == f"<body>{after}</body>"
+
+
+@pytest.mark.parametrize("name", ["META-INF/container.xml", "EPUB/content.opf", "EPUB/chapter-001.xhtml"])
+def test_a_damaged_epub_is_refused(name: str, book: Path) -> None:
+    damaged(book, name)
+    with pytest.raises(InvalidText, match="is not an EPUB file"):
+        bilingual.read(book)
+
+
+def test_of_a_damaged_epub_nothing_is_written(book: Path, tmp_path: Path) -> None:
+    found = bilingual.read(book)
+    damaged(book, "EPUB/toc.ncx")
+    with pytest.raises(InvalidText, match="is not an EPUB file"):
+        bilingual.write(tmp_path / "b.epub", found, book)
+    assert not list(tmp_path.glob("*b.epub*"))
+
+
+def damaged(path: Path, name: str) -> None:
+    """Its entry of that name no longer unpacks."""
+    with zipfile.ZipFile(path) as file:
+        info = file.getinfo(name)
+    data = bytearray(path.read_bytes())
+    start = info.header_offset + 30 + len(name)
+    data[start : start + info.compress_size] = b"\xff" * info.compress_size
+    path.write_bytes(data)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from lxml import etree
 from templora.errors import InvalidText, MissingExtra
 from templora.formats import book, chapters, epub, extra
 
+WORD = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
 PLAIN = "It was 1901 – “naïve”.\n\nThe second & the third < fourth.\nA line of its own."
 
 
@@ -80,6 +81,90 @@ def test_docx_with_headings_and_tables(tmp_path: Path) -> None:
     assert book.read(tmp_path / "a.docx").text == "# Chapter One\n\nIt began.\n\nleft right\n\nIt ended.\n"
 
 
+def word(tmp_path: Path, body: str) -> Path:
+    """A document of this XML, made by Word for all that a reader can tell."""
+    document = Document()
+    for number, element in enumerate(etree.fromstring(f'<w:body xmlns:w="{WORD}">{body}</w:body>')):
+        document.element.body.insert(number, element)
+    document.save(str(tmp_path / "a.docx"))
+    return tmp_path / "a.docx"
+
+
+def run(text: str) -> str:
+    return f'<w:r><w:t xml:space="preserve">{text}</w:t></w:r>'
+
+
+@pytest.mark.parametrize(
+    ("inside", "text"),
+    [
+        (f"{run('He ')}<w:ins>{run('really ')}</w:ins>{run('left.')}", "He really left."),
+        (f"{run('He ')}<w:del><w:r><w:delText>never </w:delText><w:tab/></w:r></w:del>{run('x')}", "He x"),
+        (f"<w:moveFrom>{run('gone ')}</w:moveFrom><w:moveTo>{run('here')}</w:moveTo>", "here"),
+        (f"{run('To ')}<w:sdt><w:sdtContent>{run('whom')}</w:sdtContent></w:sdt>", "To whom"),
+        (f"{run('a')}<w:hyperlink>{run('link')}</w:hyperlink><w:r><w:br/><w:t>b</w:t></w:r>", "alink\nb"),
+        (f'<w:pPr><w:tabs><w:tab w:val="left" w:pos="9"/></w:tabs></w:pPr>{run("a")}', "a"),
+        (
+            f"<w:r><w:ruby><w:rt>{run('ねこ')}</w:rt><w:rubyBase>{run('猫')}</w:rubyBase></w:ruby></w:r>",
+            "猫",
+        ),
+        (
+            f"<w:r><w:pict><w:txbxContent><w:p>{run('box')}</w:p></w:txbxContent></w:pict></w:r>{run('a')}",
+            "a",
+        ),
+    ],
+)
+def test_docx_as_it_stands_with_all_changes_accepted(inside: str, text: str, tmp_path: Path) -> None:
+    assert book.read(word(tmp_path, f"<w:p>{inside}</w:p>")).text == text + "\n"
+
+
+def test_docx_with_content_controls_and_merged_cells(tmp_path: Path) -> None:
+    held = "<w:sdt>{}<w:sdtContent>{}</w:sdtContent></w:sdt>"
+    contents = '<w:sdtPr><w:docPartObj><w:docPartGallery w:val="Table of Contents"/></w:docPartObj></w:sdtPr>'
+    wide = f'<w:tc><w:tcPr><w:gridSpan w:val="3"/></w:tcPr><w:p>{run("Merged")}</w:p></w:tc>'
+    narrow = "".join(f"<w:tc><w:p>{run(letter)}</w:p></w:tc>" for letter in "ab")
+    last = held.format("", f"<w:tc><w:p>{run('c')}</w:p></w:tc>")
+    grid = "<w:tblPr/><w:tblGrid><w:gridCol/><w:gridCol/><w:gridCol/></w:tblGrid>"
+    path = word(
+        tmp_path,
+        held.format(contents, f"<w:p>{run('Chapter One 5')}</w:p>")
+        + held.format("", f"<w:p>{run('In a control.')}</w:p>")
+        + f"<w:tbl>{grid}<w:tr>{wide}</w:tr><w:tr>{narrow}{last}</w:tr></w:tbl><w:p>{run('End.')}</w:p>",
+    )
+    assert book.read(path).text == "In a control.\n\nMerged\na b c\n\nEnd.\n"
+
+
+def damaged(path: Path, name: str) -> None:
+    """Its entry of that name no longer unpacks."""
+    with zipfile.ZipFile(path) as file:
+        info = file.getinfo(name)
+    data = bytearray(path.read_bytes())
+    start = info.header_offset + 30 + len(name)
+    data[start : start + info.compress_size] = b"\xff" * info.compress_size
+    path.write_bytes(data)
+
+
+def test_a_damaged_docx_or_epub_is_refused(tmp_path: Path) -> None:
+    Document().save(str(tmp_path / "a.docx"))
+    epub.write(tmp_path / "a.epub", "A", chapters.split("# One\n\nText."))
+    damaged(tmp_path / "a.docx", "word/document.xml")
+    damaged(tmp_path / "a.epub", "EPUB/content.opf")
+    for name, kind in (("a.docx", "DOCX"), ("a.epub", "EPUB")):
+        with pytest.raises(InvalidText, match=f"is not an? {kind} file"):
+            book.read(tmp_path / name)
+
+
+def test_an_epub_without_metadata_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.epub", "w") as file:
+        file.writestr(
+            "META-INF/container.xml",
+            '<container xmlns="urn:oasis:names:tc:opendocument:xmlns:container"><rootfiles><rootfile '
+            'full-path="a.opf" media-type="application/oebps-package+xml"/></rootfiles></container>',
+        )
+        file.writestr("a.opf", '<package xmlns="http://www.idpf.org/2007/opf"><manifest/><spine/></package>')
+    with pytest.raises(InvalidText, match="is not an EPUB file"):
+        book.read(tmp_path / "a.epub")
+
+
 def test_an_epub_is_read_as_it_was_written(tmp_path: Path) -> None:
     text = f"# One\n\n{PLAIN}\n\n# Two & three\n\nThe end.\n"
     epub.write(tmp_path / "a.epub", "A <book>", chapters.split(text), "fr")
@@ -101,6 +186,9 @@ def test_an_epub_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_control_characters_do_not_break_an_epub(tmp_path: Path) -> None:
     epub.write(tmp_path / "a.epub", "A", chapters.split("a\x00\x08b\ufffe\n\nc"))
     assert book.read(tmp_path / "a.epub").text == "ab\n\nc\n"
+    epub.write(tmp_path / "b.epub", "A\x0b", chapters.split("# O\x1fn\x08e\n\na\ud800"))
+    assert book.read(tmp_path / "b.epub").text == "# One\n\na\n"
+    assert other_epub.read_epub(str(tmp_path / "b.epub"), {"ignore_ncx": True}).title == "A"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from templora.formats import book, side_by_side
 from templora.formats.extra import needed
 
 TOOLKIT = {".tmx": ("tmx", "tmxfile"), ".xlf": ("xliff", "xlifffile"), ".xliff": ("xliff", "xlifffile")}
+XML_LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
+Languages = tuple[str | None, str | None]  # of the source, of the target
 ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
 
 
@@ -25,19 +27,32 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A file's segments in order. languages: source and target as the file names them, where it does."""
+    """A file's segments in order.
+
+    languages: source and target as the file names them, where it does.
+    asked: those that it was read for; to write into a copy of the file finds the same segments with them.
+    """
 
     segments: list[Segment]
-    languages: tuple[str | None, str | None] = (None, None)
+    languages: Languages = (None, None)
+    asked: Languages = (None, None)
 
     def translated(self, targets: Sequence[str], source: str, target: str) -> "Document":
         """The same with these translations; an empty one leaves what was there."""
         pairs = zip(self.segments, targets, strict=True)
-        return Document([replace(s, target=t or s.target) for s, t in pairs], (source, target))
+        return replace(
+            self,
+            segments=[replace(s, target=t or s.target) for s, t in pairs],
+            languages=(source, target),
+        )
 
 
-def read(path: Path) -> Document:
+def read(path: Path, languages: Languages = (None, None)) -> Document:
     """The segments of a file, whose kind its name says. Unknown kinds are plain text, a line a segment.
+
+    Args:
+        languages: source and target to take of a TMX file, which can hold any number; None: the source is
+            what its header says, the target what is beside it. Other kinds have one of each.
 
     Raises:
         InvalidText: there is no such file, or it is not what its name says.
@@ -49,7 +64,7 @@ def read(path: Path) -> Document:
 
         return Document([Segment(text) for text in epub_pages.read(path)])
     if suffix in TOOLKIT:
-        return _from_toolkit(path)
+        return _from_toolkit(path, languages)
     lines = book.decoded(path).replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
     return Document([_row(line, path) if suffix == ".tsv" else Segment(line) for line in lines])
 
@@ -135,14 +150,17 @@ def _unescaped(cell: str) -> str:
     return "\\".join(pieces)
 
 
-def _store(path: Path, suffix: str) -> Any:
-    """The file as translate-toolkit's object."""
+def _store(path: Path, asked: Languages = (None, None)) -> Any:
+    """The file as translate-toolkit's object. asked: languages to take of a TMX file."""
+    suffix = path.suffix.lower()
     module, name = TOOLKIT[suffix]
     kind = getattr(needed(f"translate.storage.{module}", f"reading {suffix} files", "translate"), name)
     try:
         # Reading all units finds what parsing alone does not: a file of another kind.
         store = kind.parsestring(path.read_bytes())
         list(store.units)
+        if module == "tmx":
+            _take(store, asked)
     except (SyntaxError, ValueError, AttributeError, AssertionError, StopIteration) as error:
         raise InvalidText(f"{path} is not a valid {suffix} file ({error}); export it anew") from error
     except OSError as error:
@@ -150,14 +168,47 @@ def _store(path: Path, suffix: str) -> Any:
     return store
 
 
+def _take(store: Any, asked: Languages) -> None:
+    """These languages, as the file spells them: with a region, say. Neither, if that source is not there."""
+    nodes = (node for unit in store.units for node in unit.getlanguageNodes())
+    there = list(dict.fromkeys(node.get(XML_LANGUAGE) or "" for node in nodes))
+    source, target = (_spelled(language, there, asked) for language in asked)
+    if asked[0] and not source:
+        return
+    if source:
+        store.setsourcelanguage(source)
+    if asked[1]:
+        # One that is not there yet is set, too: else any other language would pass for it.
+        store.settargetlanguage(target or asked[1])
+
+
+def _spelled(language: str | None, there: Sequence[str], asked: Languages) -> str | None:
+    """Which of those there it is: the same, else a wider or narrower one that is not asked for itself."""
+    if not language:
+        return None
+    wanted, others = _plain(language), [_plain(other) for other in asked if other and other != language]
+    for name in there:
+        if _plain(name) == wanted:
+            return name
+    for name in there:
+        found = _plain(name)
+        if found not in others and (found.startswith(wanted + "-") or wanted.startswith(found + "-")):
+            return name
+    return None
+
+
+def _plain(language: str) -> str:
+    return language.replace("_", "-").lower()
+
+
 def _units(store: Any) -> list[Any]:
     return [unit for unit in store.units if unit.istranslatable()]
 
 
-def _from_toolkit(path: Path) -> Document:
-    store = _store(path, path.suffix.lower())
+def _from_toolkit(path: Path, asked: Languages) -> Document:
+    store = _store(path, asked)
     segments = [Segment(unit.source or "", unit.target or None) for unit in _units(store)]
-    return Document(segments, (store.getsourcelanguage(), store.gettargetlanguage()))
+    return Document(segments, (store.getsourcelanguage(), store.gettargetlanguage()), asked)
 
 
 def _with_toolkit(path: Path, suffix: str, document: Document, original: Path) -> None:
@@ -165,15 +216,16 @@ def _with_toolkit(path: Path, suffix: str, document: Document, original: Path) -
     module, name = TOOLKIT[suffix]
     begun = TOOLKIT.get(original.suffix.lower()) != (module, name)
     if not begun:
-        store = _store(original, original.suffix.lower())
+        store = _store(original, document.asked)
         units = _units(store)
     else:
         kind = getattr(needed(f"translate.storage.{module}", f"writing {suffix} files", "translate"), name)
         store = kind(sourcelanguage=source, targetlanguage=target)
         units = [_unit(store, number, s) for number, s in enumerate(document.segments, 1)]
+    spelled = None if begun or module != "tmx" else store.gettargetlanguage()
     for unit, segment in zip(units, document.segments, strict=True):
         if segment.target and segment.target != unit.target:
-            unit.settarget(_printable(segment.target), target or "und")
+            unit.settarget(_printable(segment.target), spelled or target or "und")
             if module == "xliff":
                 unit.markreviewneeded()  # no person has approved it
     content = bytes(store)

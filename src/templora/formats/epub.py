@@ -3,6 +3,7 @@
 import re
 import warnings
 import zipfile
+import zlib
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,13 @@ def read(path: Path) -> str:
     epub = needed("ebooklib.epub", "reading EPUB")
     html = needed("lxml.html", "reading EPUB")
     etree = needed("lxml.etree", "reading EPUB")
+    # ebooklib looks into what may not be there without asking: AttributeError, TypeError.
+    damages = (LookupError, ValueError, AttributeError, TypeError, EOFError, RuntimeError)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # notices about ebooklib's own future
             book = epub.read_epub(str(path), {"ignore_ncx": True})
-    except (epub.EpubException, zipfile.BadZipFile, etree.LxmlError, LookupError, ValueError) as error:
+    except (*damages, epub.EpubException, zipfile.BadZipFile, zlib.error, etree.LxmlError) as error:
         raise InvalidText(f"{path} is not an EPUB file ({error}); convert it anew") from error
     pages = [_page(book.get_item_with_id(name), html, etree) for name, _ in book.spine]
     return "\n\n".join(page for page in pages if page) + "\n"
@@ -44,15 +47,16 @@ def write(path: Path, title: str, chapters: list[Chapter], language: str = "en")
         OSError: it cannot be written.
     """
     epub = needed("ebooklib.epub", "writing EPUB")
+    title = _printable(title)
     book = epub.EpubBook()
     book.set_identifier(re.sub(r"\W+", "-", title) or "text")
     book.set_title(title)
     book.set_language(language)
     pages: list[Any] = []
     for number, chapter in enumerate(chapters, 1):
-        name = chapter.title or title
-        page = epub.EpubHtml(title=name, file_name=f"chapter-{number:03}.xhtml", lang=language)
-        heading = f"<h1>{escape(chapter.title)}</h1>" if chapter.title else ""
+        named = _printable(chapter.title)
+        page = epub.EpubHtml(title=named or title, file_name=f"chapter-{number:03}.xhtml", lang=language)
+        heading = f"<h1>{escape(named)}</h1>" if named else ""
         page.content = heading + "".join(_paragraph(text) for text in chapter.paragraphs) or "<p></p>"
         book.add_item(page)
         pages.append(page)
@@ -72,7 +76,7 @@ def _paragraph(text: str) -> str:
 
 def _printable(text: str) -> str:
     """Without the control characters that XML cannot hold."""
-    return "".join(c for c in text if c in "\n\t" or (c >= " " and c not in "\ufffe\uffff"))
+    return re.sub("[\x00-\x08\x0b-\x1f\ud800-\udfff\ufffe\uffff]", "", text)
 
 
 def _page(item: Any, html: Any, etree: Any) -> str:

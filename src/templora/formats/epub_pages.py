@@ -3,11 +3,14 @@
 Read and written as what it is, a ZIP of XHTML pages, because libraries for books write their own structure.
 """
 
+import codecs
 import posixpath
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
+from html.entities import html5
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -17,7 +20,17 @@ from templora.formats.extra import needed
 
 # What holds a paragraph, if nothing inside of it does.
 BLOCKS = frozenset(re.findall(r"\w+", "p h1 h2 h3 h4 h5 h6 li dt dd td th caption figcaption blockquote div"))
+# What is part of a line of text.
+INLINE = frozenset(
+    re.findall(
+        r"\w+", "a abbr b bdi bdo big br cite code data del dfn em font i ins kbd mark q rb rp rt rtc ruby"
+    )
+) | frozenset(re.findall(r"\w+", "s samp small span strike strong sub sup time tt u var wbr"))
+# What can have words of its own beside the blocks inside of it.
+HOLDERS = BLOCKS | INLINE | {"body", "section", "article", "main", "aside", "header", "footer", "figure"}
 KEPT = frozenset(["img", "image", "svg", "math", "audio", "video"])  # what stays of a paragraph's inside
+# The entities of XML itself stay, and so does what only looks like one.
+NAMED = re.compile(rb"<!--.*?-->|<!\[CDATA\[.*?\]\]>|&(?!(?:amp|lt|gt|quot|apos);)(\w+;)", re.DOTALL)
 CONTAINER = "META-INF/container.xml"
 LANGUAGE = "{http://purl.org/dc/elements/1.1/}language"
 XML_LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
@@ -30,21 +43,21 @@ def read(path: Path) -> list[str]:
         InvalidText: it is not an EPUB file.
     """
     with _opened(path) as file:
-        return [_text(block) for _, root in _pages(file, path) for block in _blocks(root)]
+        return [_text(block) for _, root in _pages(file, path) for block in _passages(root)]
 
 
 def write(path: Path, original: Path, targets: Sequence[str], language: str | None) -> None:
     """The original with its paragraphs replaced, one after another. language: of the new text.
 
     Raises:
-        InvalidText: the original has another number of paragraphs. OSError: it cannot be written.
+        InvalidText: the original is damaged. OSError: it cannot be written.
     """
     etree = needed("lxml.etree", "writing EPUB")
     with _opened(original) as file:
         rest = iter(targets)
         changed: dict[str, bytes] = {}
         for name, root in _pages(file, original):
-            for block in _blocks(root):
+            for block in _passages(root):
                 _replace(block, next(rest, ""))
             _set_language(root, language)
             changed[name] = _serialised(root, etree)
@@ -55,8 +68,9 @@ def write(path: Path, original: Path, targets: Sequence[str], language: str | No
         changed[package] = _serialised(root, etree)
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as out:
             for info in file.infolist():
+                content = changed.get(info.filename) or _unpacked(file, info, original)
                 # Name, date, place and packing of each entry stay: the first must come first, unpacked.
-                out.writestr(info, changed.get(info.filename, file.read(info)), info.compress_type)
+                out.writestr(info, content, info.compress_type)
 
 
 def _opened(path: Path) -> zipfile.ZipFile:
@@ -68,12 +82,32 @@ def _opened(path: Path) -> zipfile.ZipFile:
         raise InvalidText(f"cannot read {path}: {error.strerror}; check the name") from error
 
 
+def _unpacked(file: zipfile.ZipFile, name: str | zipfile.ZipInfo, path: Path) -> bytes:
+    try:
+        return file.read(name)
+    except (KeyError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        raise InvalidText(f"{path} is not an EPUB file ({error}); convert it anew") from error
+
+
 def _parsed(file: zipfile.ZipFile, name: str, path: Path) -> Any:
     etree = needed("lxml.etree", "reading EPUB")
+    content = _numbered(_unpacked(file, name, path))
     try:
-        return etree.fromstring(file.read(name), etree.XMLParser(resolve_entities=False, recover=True))
-    except (KeyError, etree.LxmlError, zipfile.BadZipFile) as error:
+        return etree.fromstring(content, etree.XMLParser(resolve_entities=False, recover=True))
+    except etree.LxmlError as error:
         raise InvalidText(f"{path} is not an EPUB file ({error}); convert it anew") from error
+
+
+def _numbered(content: bytes) -> bytes:
+    """With HTML's entities as numbers: XML knows no `&nbsp;` by its name, and its parser would drop it."""
+    if not content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return NAMED.sub(_number, content)  # in ASCII, as any other encoding has it, too
+    return NAMED.sub(_number, content.decode("utf-16", "replace").encode()).decode().encode("utf-16")
+
+
+def _number(found: re.Match[bytes]) -> bytes:
+    characters = html5.get(found[1].decode("ascii")) if found[1] else None
+    return found[0] if characters is None else "".join(f"&#{ord(c)};" for c in characters).encode()
 
 
 def _package(file: zipfile.ZipFile, path: Path) -> str:
@@ -87,6 +121,8 @@ def _package(file: zipfile.ZipFile, path: Path) -> str:
 def _pages(file: zipfile.ZipFile, path: Path) -> Iterator[tuple[str, Any]]:
     package = _package(file, path)
     root = _parsed(file, package, path)
+    if root is None:
+        raise InvalidText(f"{path} is not an EPUB file (its package is empty); convert it anew")
     items = {item.get("id"): item.get("href") for item in root.iter("{*}item")}
     for reference in root.iter("{*}itemref"):
         href = items.get(reference.get("idref"))
@@ -101,40 +137,106 @@ def _local(element: Any) -> str:
     return element.tag.rpartition("}")[2] if isinstance(element.tag, str) else ""
 
 
-def _blocks(root: Any) -> list[Any]:
+def _passages(root: Any) -> list[Any]:
+    """The elements that hold a passage each, in reading order; made where words stand beside a block."""
     bodies = [element for element in root.iter() if _local(element) == "body"]
-    found = [element for body in bodies for element in body.iter() if _local(element) in BLOCKS]
-    leaves = [e for e in found if not any(_local(inner) in BLOCKS for inner in e.iterdescendants())]
-    return [element for element in leaves if _text(element)]
+    return [element for body in bodies for element in _blocks(body)]
+
+
+def _blocks(element: Any) -> Iterator[Any]:
+    if _local(element) in BLOCKS and not _holds_block(element):
+        if _text(element):
+            yield element
+    elif _local(element) in HOLDERS:
+        yield from _beside_blocks(element)
+    else:
+        for inner in list(element):
+            yield from _blocks(inner)
+
+
+def _beside_blocks(element: Any) -> Iterator[Any]:
+    """Its blocks, and each run of words between them as an element of its own."""
+    before, run = None, []
+    for inner in [*element, None]:
+        if inner is not None and _in_line(inner):
+            run.append(inner)
+            continue
+        if words := _joined(_words(element.text if before is None else before.tail, run)):
+            single = _single(words, run)
+            yield _wrapped(element, before, run) if single is None else single
+        if inner is not None:
+            yield from _blocks(inner)
+        before, run = inner, []
+
+
+def _in_line(element: Any) -> bool:
+    name = _local(element)
+    return not name or ((name in INLINE or name in KEPT) and not _holds_block(element))
+
+
+def _holds_block(element: Any) -> bool:
+    return any(_local(inner) in BLOCKS for inner in element.iterdescendants())
+
+
+def _single(words: str, run: list[Any]) -> Any:
+    """The element that holds all words of a run already: a table of contents may have no span round it."""
+    return next((inner for inner in run if _worded(inner) and _text(inner) == words), None)
+
+
+def _wrapped(element: Any, before: Any, run: list[Any]) -> Any:
+    """The run and the text before it, put into a span."""
+    span = _made(element, "span")
+    if before is None:
+        span.text, element.text = element.text, None
+        element.insert(0, span)
+    else:
+        span.text, before.tail = before.tail, None
+        element.insert(element.index(before) + 1, span)
+    span.extend(run)
+    return span
+
+
+def _made(parent: Any, name: str) -> Any:
+    return parent.makeelement(parent.tag[: -len(_local(parent))] + name)
 
 
 def _text(element: Any) -> str:
-    return " ".join("".join(_words(element)).split())
+    return _joined(_words(element.text, element))
 
 
-def _words(element: Any) -> Iterator[str]:
-    yield element.text or ""
-    for inner in element:
+def _joined(words: Iterable[str]) -> str:
+    return " ".join("".join(words).split())
+
+
+def _words(text: str | None, inside: Iterable[Any]) -> Iterator[str]:
+    """A text and that of the elements after it, with what follows each; what stays as it is says nothing."""
+    yield text or ""
+    for inner in inside:
         if _local(inner) == "br":
             yield " "
-        if _local(inner):  # a comment has no name, only what follows it
-            yield from _words(inner)
+        if _local(inner) and _local(inner) not in KEPT:  # a comment has no name, only what follows it
+            yield from _words(inner.text, inner)
         yield inner.tail or ""
+
+
+def _worded(element: Any) -> bool:
+    return _local(element) not in KEPT and bool(_local(element)) and bool(_text(element))
 
 
 def _replace(element: Any, text: str) -> None:
     """Other words in it. Its pictures come after them, and whatever was linked to can still be linked to."""
     element = _around_all_words(element)
     inside = [inner for inner in element.iterdescendants() if _local(inner)]
-    kept = [deepcopy(inner) for inner in inside if _local(inner) in KEPT]
-    of_kept = {id(e) for inner in inside if _local(inner) in KEPT for e in inner.iter()}
-    marks = [inner.get("id") for inner in inside if inner.get("id") and id(inner) not in of_kept]
+    pictures = [inner for inner in inside if _local(inner) in KEPT]
+    of_kept = {id(e) for picture in pictures for e in picture.iterdescendants()}
+    kept = [deepcopy(picture) for picture in pictures if id(picture) not in of_kept]
+    marks = [i.get("id") for i in inside if i.get("id") and i not in pictures and id(i) not in of_kept]
     for inner in list(element):
         element.remove(inner)
     element.text = re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]", "", text)
     for mark in marks:
-        space = element.tag[: -len(_local(element))]
-        element.append(element.makeelement(f"{space}span", {"id": mark}))
+        element.append(_made(element, "span"))
+        element[-1].set("id", mark)
     for inner in kept:
         inner.tail = None
         element.append(inner)
@@ -142,8 +244,8 @@ def _replace(element: Any, text: str) -> None:
 
 def _around_all_words(element: Any) -> Any:
     """The innermost element that holds all its words: the link of an entry in a table of contents, say."""
-    inner = [child for child in element if _local(child) and _text(child)]
-    if len(inner) == 1 and _text(inner[0]) == _text(element) and _local(inner[0]) not in KEPT:
+    inner = [child for child in element if _worded(child)]
+    if len(inner) == 1 and _text(inner[0]) == _text(element):
         return _around_all_words(inner[0])
     return element
 
