@@ -400,3 +400,19 @@ def test_control_characters_do_not_break_xml(tmp_path: Path) -> None:
     for suffix in (".tmx", ".xlf"):
         bilingual.write(tmp_path / f"a{suffix}", document, tmp_path / "a.txt")
         assert bilingual.read(tmp_path / f"a{suffix}").segments == [Segment("ab", "cd")]
+
+
+def test_what_a_person_has_approved_stays(tmp_path: Path) -> None:
+    unit = '<trans-unit id="{n}"{more}><source>S{n}</source><target{state}>T{n}</target></trans-unit>'
+    approved = unit.format(n=1, more=' approved="yes"', state=' state="final"')
+    units = approved + unit.format(n=2, more="", state="")
+    (tmp_path / "in.xlf").write_text(
+        '<?xml version="1.0"?><xliff version="1.2" xmlns="urn:oasis:names:tc:xliff:document:1.2"><file '
+        'original="a" source-language="en" target-language="fr" datatype="plaintext"><body>'
+        f"{units}</body></file></xliff>"
+    )
+    document = bilingual.read(tmp_path / "in.xlf").translated(["neu", "neu"], "en", "fr")
+    bilingual.write(tmp_path / "out.xlf", document, tmp_path / "in.xlf")
+    assert [s.target for s in bilingual.read(tmp_path / "out.xlf").segments] == ["T1", "neu"]
+    written = (tmp_path / "out.xlf").read_text()
+    assert 'approved="yes"' in written and 'state="final"' in written

@@ -224,7 +224,8 @@ def _with_toolkit(path: Path, suffix: str, document: Document, original: Path) -
         units = [_unit(store, number, s) for number, s in enumerate(document.segments, 1)]
     spelled = None if begun or module != "tmx" else store.gettargetlanguage()
     for unit, segment in zip(units, document.segments, strict=True):
-        if segment.target and segment.target != unit.target:
+        approved = module == "xliff" and unit.target and unit.isapproved()  # by a person: it stays
+        if segment.target and segment.target != unit.target and not approved:
             unit.settarget(_printable(segment.target), spelled or target or "und")
             if module == "xliff":
                 unit.markreviewneeded()  # no person has approved it
