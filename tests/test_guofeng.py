@@ -72,6 +72,13 @@ def test_an_empty_folder_is_one_line(tmp_path: Path) -> None:
     assert "holds no NAME.train.json files" in done.stderr
 
 
+def test_a_work_without_passages_is_one_line(folder: Path, tmp_path: Path) -> None:
+    (folder / "x.train.json").write_text("[]", "utf-8")
+    done = CliRunner().invoke(app, ["bench", "guofeng", str(folder), "--out", str(tmp_path / "out")])
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert "x.train.json holds no passages; take it out" in done.stderr
+
+
 def test_quality_is_sacrebleus_and_perfect_for_the_reference() -> None:
     text = ["Su Mian came and saw the sea.", "Wei Feng left the house at noon."]
     found = quality.scores(text, text)

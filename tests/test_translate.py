@@ -21,6 +21,8 @@ from templora.base import Base
 from templora.cli import app
 from templora.errors import InvalidTemplate, InvalidText
 from templora.events import ChunkLearned, ChunkScored, ChunkSkipped, Event, PassageTranslated, Warned
+from templora.formats import bilingual
+from templora.formats.bilingual import Segment
 from templora.tasks.checks import problem
 from templora.tasks.passages import assembled, blocks
 from templora.tasks.translate import Passage, Translator
@@ -293,6 +295,95 @@ def test_references_come_out_as_they_went_in_and_are_learned(tiny: str, here: Pa
     assert "5 of 5 passages are in out.txt" in done.stderr
 
 
+TSV = "".join(f"{source}\t{target}\n" for source, target in PAIRS)
+
+
+def lacking(number: int) -> str:
+    return TSV.replace(f"\t{PAIRS[number][1]}\n", "\t\n")
+
+
+def origins() -> list[str]:
+    return [line["origin"] for line in journal() if line["op"] == "passage"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("part.tsv", lacking(1)),
+        ("part.tsv", TSV.replace(f"\t{PAIRS[1][1]}\n", "\n")),  # no second column at all
+        ("part.txt", "Su Mian came.\n \nHe.\nIt.\nShe.\n"),
+    ],
+)
+def test_a_passage_without_a_reference_is_drafted(name: str, text: str, tiny: str, here: Path) -> None:
+    Path(name).write_text(text, "utf-8")
+    run(f"{arguments(tiny)} --references {name}")
+    assert origins() == ["reference", "own", "reference", "reference", "reference"]
+    lines = Path("out.txt").read_text("utf-8").splitlines()
+    assert lines[0] == "Su Mian came."
+    assert lines[1] not in ("", PAIRS[1][0])
+
+
+def test_references_lack_where_a_bilingual_file_has_none(tiny: str, here: Path) -> None:
+    """A file of units, where None stands for a translation that is not there."""
+    pairs = [Segment(s, None if n == 2 else t) for n, (s, t) in enumerate(PAIRS)]
+    bilingual.write(Path("part.xlf"), bilingual.Document(pairs, ("de", "en")), Path("de.txt"))
+    run(f"{arguments(tiny)} --references part.xlf")
+    assert origins() == ["reference", "reference", "own", "reference", "reference"]
+
+
+def test_of_a_file_of_many_languages_the_asked_ones_are_taken(tiny: str, here: Path) -> None:
+    def unit(*texts: str) -> str:
+        named = zip(("fr", "en", "de"), texts, strict=True)
+        return "<tu>" + "".join(f'<tuv xml:lang="{n}"><seg>{t}</seg></tuv>' for n, t in named) + "</tu>"
+
+    units = "".join(unit(f"Phrase {n}.", target, source) for n, (source, target) in enumerate(PAIRS))
+    header = '<header creationtool="t" creationtoolversion="1" segtype="sentence" o-tmf="t" adminlang="en"'
+    Path("all.tmx").write_text(
+        f'<tmx version="1.4">{header} srclang="en" datatype="plaintext"/><body>{units}</body></tmx>', "utf-8"
+    )
+    line = arguments(tiny).replace("de.txt", "all.tmx").replace("out.txt", "out.tmx")
+    run(f"{line} --references all.tmx")
+    assert [record["source"] for record in journal("out.tmx.session") if record["op"] == "passage"] == [
+        source for source, _ in PAIRS
+    ]
+    asked = bilingual.read(Path("out.tmx"), ("de", "en")).segments
+    assert [(s.source, s.target) for s in asked] == list(PAIRS)
+    assert "Phrase 0." in Path("out.tmx").read_text("utf-8")
+
+
+def test_a_file_of_one_column_is_the_translation(tiny: str, here: Path) -> None:
+    Path("one.tsv").write_text(Path("en.txt").read_text("utf-8"), "utf-8")
+    run(f"{arguments(tiny)} --references one.tsv")
+    assert Path("out.txt").read_text("utf-8") == Path("en.txt").read_text("utf-8")
+
+
+@pytest.mark.parametrize(("number", "warned"), [(1, 1), (None, 0)])
+def test_a_passage_is_never_half_a_reference(number: int | None, warned: int, tiny: str, here: Path) -> None:
+    """All five lines are one passage."""
+    Path("part.tsv").write_text(TSV if number is None else lacking(number), "utf-8")
+    line = arguments(tiny).replace("--passage 30", "--passage 200")
+    done = run(f"{line} --references part.tsv")
+    assert origins() == ["reference" if number is None else "own"]
+    assert done.stderr.count("1 of its 5 segments have no reference; the model translates all") == warned
+
+
+def test_blank_references_of_a_passage_are_none(tiny: str, here: Path) -> None:
+    text = TSV
+    for number in range(4):
+        text = text.replace(f"\t{PAIRS[number][1]}\n", "\t \n")
+    Path("part.tsv").write_text(text, "utf-8")
+    run(f"{arguments(tiny).replace('--passage 30', '--passage 50')} --references part.tsv")
+    assert [place for place, origin in enumerate(origins()) if origin == "reference"] == [len(origins()) - 1]
+    assert len(origins()) < len(PAIRS), "some passage has several lines"
+
+
+def test_a_line_break_in_a_reference_moves_no_other_line(tiny: str, here: Path) -> None:
+    Path("part.tsv").write_text(TSV.replace("Su Mian came.", "Su Mian\\n came."), "utf-8")
+    line = arguments(tiny).replace("--passage 30", "--passage 200")
+    run(f"{line} --references part.tsv")
+    assert Path("out.txt").read_text("utf-8") == Path("en.txt").read_text("utf-8")
+
+
 def journal(folder: str = "out.txt.session") -> list[dict[str, Any]]:
     lines = map(json.loads, Path(folder, "journal.jsonl").read_text("utf-8").splitlines())
     return [{k: v for k, v in line.items() if k != "crc"} for line in lines][1:]
@@ -343,14 +434,30 @@ def test_a_correction_made_later_is_learned_with_all_that_follows(tiny: str, her
     assert all(torch.equal(learned[name], expected[name]) for name in expected)
 
 
+def test_drafts_to_edit_are_there_whenever_they_are_asked_for(tiny: str, here: Path) -> None:
+    run(f"{arguments(tiny)} --references en.txt")
+    line = f"{arguments(tiny)} --references en.txt --corrections fixes"
+    run(line)
+    drafts = [Path(f"fixes/{number:05}.txt") for number in range(len(PAIRS))]
+    assert [draft.read_text("utf-8").strip() for draft in drafts] == [target for _, target in PAIRS]
+    drafts[2].write_text("He beheld Su Mian.\n", "utf-8")
+    drafts[3].unlink()  # as after a kill before it was written
+    Path("fixes/00003.source.txt").unlink()
+    done = run(line)
+    assert "passage 2 was corrected" in done.stderr
+    assert done.stderr.count("was corrected") == 1
+    assert drafts[2].read_text("utf-8") == "He beheld Su Mian.\n"
+    assert drafts[3].read_text("utf-8").strip() == PAIRS[3][1]
+    assert Path("fixes/00003.source.txt").read_text("utf-8").strip() == PAIRS[3][0]
+
+
 def test_review_asks_about_each_passage(tiny: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("editor.sh").write_text('#!/bin/sh\necho "Su Mian came." > "$1"\n')
     Path("editor.sh").chmod(0o755)
     monkeypatch.setenv("EDITOR", str(here / "editor.sh"))
     monkeypatch.delenv("VISUAL", raising=False)
     run(f"{arguments(tiny)} --review", answers="what\ne\na\na\na\na\n")
-    origins = [line["origin"] for line in journal() if line["op"] == "passage"]
-    assert origins == ["correction"] + ["accepted"] * 4
+    assert origins() == ["correction"] + ["accepted"] * 4
     assert Path("out.txt").read_text("utf-8").splitlines()[0] == "Su Mian came."
 
 
@@ -365,11 +472,13 @@ def test_review_asks_about_each_passage(tiny: str, here: Path, monkeypatch: pyte
         ("de.txt --from de --to en --out o.txt --glossary en.txt", "is no glossary"),
         ("de.txt --from de --to en --out o.txt --prompt-template x", "no template 'x'"),
         ("three.tsv --from de --to en --out o.txt", "a TSV file has source and target"),
+        ("de.txt --from de --to en --out o.txt --references blank.tsv", "blank.tsv holds no translations"),
     ],
 )
 def test_what_cannot_work_is_one_line(line: str, reason: str, tiny: str, here: Path) -> None:
     Path("empty.txt").write_text("\n \n")
     Path("short.txt").write_text("one\n")
+    Path("blank.tsv").write_text("a\t\n" * 5)
     Path("three.tsv").write_text("a\tb\tc\n")
     done = CliRunner().invoke(app, ["translate", *line.split(), "--model", tiny])
     assert done.exit_code == 2, done.output
@@ -411,6 +520,16 @@ def test_no_other_file_is_overwritten(tiny: str, here: Path) -> None:
         run(arguments(tiny).replace("--out out.txt", "--out new.txt --session out.txt.session"))
     run(arguments(tiny))
     assert Path("new.txt").read_bytes() == Path("out.txt").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["ed.txt", "ed.epub", "nowhere/de.txt"])
+def test_a_mistyped_source_is_one_line_also_when_there_is_a_session(name: str, tiny: str, here: Path) -> None:
+    run(arguments(tiny))
+    before = Path("out.txt").read_bytes()
+    done = CliRunner().invoke(app, ["translate", *arguments(tiny).replace("de.txt", name).split()])
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert f"cannot read {name}" in done.stderr
+    assert Path("out.txt").read_bytes() == before
 
 
 def test_a_correction_is_utf_8(tiny: str, here: Path) -> None:

@@ -54,13 +54,15 @@ def works(folder: Path) -> list[Work]:
     """The works of a folder: NAME.train.json(.xz) with NAME.eval.json(.xz), in order of name.
 
     Raises:
-        InvalidText: there is none.
+        InvalidText: there is none, or one holds no passages.
     """
     found: list[Work] = []
     for path in sorted(folder.glob("*.train.json*")) if folder.is_dir() else []:
         name = path.name.partition(".")[0]
         other = next(iter(folder.glob(f"{name}.eval.json*")), None)
         found.append(Work(name, read(path), read(other) if other else []))
+        if not found[-1].passages:
+            raise InvalidText(f"{path} holds no passages; take it out of the folder, or download it anew")
     if not found:
         raise InvalidText(f"{folder} holds no NAME.train.json files; give the folder of the GuoFeng set")
     return found

@@ -4,7 +4,7 @@ A configuration is YAML: `recipe`, `tokens`, `seed`, `set` (keys for all runs) a
 key to value; a list as value stands for several runs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -14,7 +14,8 @@ import yaml
 
 from templora.base import Base
 from templora.bench.tables import table
-from templora.errors import InvalidRecipe
+from templora.errors import InvalidRecipe, InvalidText
+from templora.recipe import fitted, load
 from templora.tasks.score import Scores, score
 
 
@@ -52,21 +53,41 @@ def read(path: Path) -> Sweep:
     try:
         values: Any = yaml.safe_load(path.read_text("utf-8"))
         runs = [run for entry in values["runs"] for run in _expanded(entry)]
-        return Sweep(
-            str(values.get("recipe", "default")),
-            values.get("tokens"),
-            int(values.get("seed", 0)),
-            cast(dict[str, Any], values.get("set", {})),
-            runs,
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())  # YAML's own takes several lines
+        raise InvalidRecipe(
+            f"{path} is not a sweep ({reason}); it needs a list under the key runs"
+        ) from error
+    if not runs:
+        raise InvalidRecipe(f"{path} has no runs; list maps of recipe keys, {{}} for the recipe as it is")
+    # A key without a value is one that is left out.
+    common, tokens, seed = values.get("set") or {}, values.get("tokens"), values.get("seed") or 0
+    if not isinstance(common, dict):
+        raise InvalidRecipe(
+            f"{path}: set is {common!r}; write a map such as {{window: 256}}, or leave it out"
         )
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise InvalidRecipe(f"{path} is not a sweep ({error}); it needs a list under the key runs") from error
+    if tokens is not None and (type(tokens) is not int or tokens < 1):
+        raise InvalidRecipe(f"{path}: tokens is {tokens!r}; write a number from 1 on, or leave it out")
+    if type(seed) is not int:
+        raise InvalidRecipe(f"{path}: seed is {seed!r}; write a whole number, or leave it out")
+    recipe = str(values.get("recipe") or "default")
+    return Sweep(recipe, tokens, seed, cast(dict[str, Any], common), runs)
 
 
-def run(base: Base, sweep: Sweep, texts: dict[str, str]) -> Iterator[Outcome]:
-    """Run after run; yields each as it ends."""
+def run(base: Base, sweep: Sweep, texts: Sequence[tuple[str, str]]) -> Iterator[Outcome]:
+    """Run after run; yields each as it ends. texts: (name, text), where names may be alike.
+
+    Raises:
+        InvalidRecipe, WindowTooLarge, InvalidText: before the first run, a run or a text that cannot work.
+    """
     for keys in sweep.runs:
-        scores = [_score(base, sweep, keys, text) for text in texts.values()]
+        fitted(load(sweep.recipe, {**sweep.common, **keys}), base.positions)
+    for name, text in texts:
+        # As `score` counts: the first token of all has none before it, and is not scored.
+        if len(base.prefix_ids) + len(base.encode(text)[: sweep.tokens]) < 2:
+            raise InvalidText(f"{name} is too short: no token of it is scored; leave it out")
+    for keys in sweep.runs:
+        scores = [_score(base, sweep, keys, text) for _, text in texts]
         changes = [s.change for s in scores if s.change is not None]
         yield Outcome(keys, changes, sum(s.learn_seconds for s in scores))
 

@@ -10,7 +10,7 @@ from templora.commands.inputs import load_base, load_recipe, text_of, translatio
 from templora.commands.options import Model, RecipeName
 from templora.commands.running import make_folder, one_line_errors, say
 from templora.commands.score import Job, Results, score_all
-from templora.errors import InvalidText
+from templora.errors import InvalidText, OutputError
 
 if TYPE_CHECKING:
     from templora.recipe import Recipe
@@ -132,12 +132,16 @@ def sweep(
 
     with one_line_errors():
         plan = bench.read(config)
-        loaded = dict(pair for path in texts for pair in _texts(path))
+        loaded = [pair for path in texts for pair in _texts(path)]
+        _new_file(out)
         outcomes: list[bench.Outcome] = []
         for outcome in bench.run(load_base(model, None, None), plan, loaded):
             outcomes.append(outcome)
             say(f"{outcome.keys or 'as it is'}: {100 * outcome.mean:+.2f} %, {outcome.learn_seconds:.0f} s")
-            out.write_text(bench.markdown(outcomes) + "\n", "utf-8")
+            try:
+                out.write_text(bench.markdown(outcomes) + "\n", "utf-8")
+            except OSError as error:
+                raise OutputError(f"cannot write {out}: {error.strerror}; choose another --out") from error
 
 
 def _books(folder: Path) -> list[Path]:
@@ -157,9 +161,42 @@ def _folder(path: Path) -> None:
     make_folder(path, "--out")
 
 
+def _new_file(path: Path) -> None:
+    """See that a file of that name can be made, before hours of scoring; nothing is left of the try.
+
+    Raises:
+        OutputError: it exists, or cannot be made.
+    """
+    make_folder(path.parent, "--out")
+    try:
+        path.open("x").close()
+        path.unlink()
+    except FileExistsError as error:
+        raise OutputError(f"{path} exists and is never overwritten; choose another --out") from error
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}; choose another --out") from error
+
+
 def _texts(path: Path) -> list[tuple[str, str]]:
+    """The texts of a file, each with a name to speak of it.
+
+    Raises:
+        InvalidText: it cannot be read; the message names the line.
+    """
     text = text_of(path)
     if ".jsonl" not in path.name:
-        return [(path.name, text)]
-    rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    return [(row["title"], row["text"]) for row in rows]
+        return [(str(path), text)]
+    lines = enumerate(text.split("\n"), 1)
+    return [_row(line, f"line {number} of {path}") for number, line in lines if line.strip()]
+
+
+def _row(line: str, place: str) -> tuple[str, str]:
+    try:
+        row: Any = json.loads(line)
+    except ValueError as error:
+        raise InvalidText(f"{place} is not JSON ({error}); write one object a line") from error
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("title", "text")):
+        raise InvalidText(
+            f'{place} has no title or no text; write {{"title": "Dark", "text": "It was dark."}}'
+        )
+    return f"{row['title']} ({place})", row["text"]

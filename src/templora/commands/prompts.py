@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Options of one text that mean nothing for several.
 ALONE = ("prompt", "prompt_file", "read", "session", "out", "parallel")
+LONGEST = 255  # bytes of a file's name, on nearly all disks
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,13 @@ class _Files:
         make_folder(folder, "--out-dir")
         self._prompts = prompts
         self._paths = [folder / f"{prompt.name}.txt" for prompt in prompts]
-        if there := next((path for path in self._paths if path.exists()), None):
+        try:
+            there = next((path for path in self._paths if path.exists()), None)
+        except OSError as error:  # such as names that are too long for this disk
+            raise OutputError(
+                f"cannot write in {folder}: {error.strerror}; choose another --out-dir"
+            ) from error
+        if there:
             raise OutputError(f"{there} exists and is never overwritten; choose another --out-dir")
         self._open: dict[int, tuple[TextFile, ExitStack]] = {}
 
@@ -156,9 +163,22 @@ def _from_json(line: str, name: str, place: str) -> tuple[str, str]:
     except ValueError as error:
         raise InvalidText(f"{place} is not JSON ({error}); write one object a line") from error
     text = entry.get("prompt") if isinstance(entry, dict) else None
-    name = str(entry.get("name", name)) if isinstance(entry, dict) else name
     if not isinstance(text, str) or not text.strip():
         raise InvalidText(f'{place} has no prompt; write {{"prompt": "It was a dark night"}}')
+    given = entry.get("name")
+    return (name if given is None else _file_name(given, place)), text
+
+
+def _file_name(given: Any, place: str) -> str:
+    name = str(given)
+    if isinstance(given, bool) or not isinstance(given, str | int | float) or not name.strip():
+        raise InvalidText(f'{place}: the name {given!r} cannot be a file\'s; write a word, such as "dark"')
     if Path(name).name != name:
         raise InvalidText(f"{place}: the name {name!r} cannot be a file's; leave out slashes")
-    return name, text
+    if "\0" in name or any("\ud800" <= c <= "\udfff" for c in name):
+        raise InvalidText(f"{place}: the name {name!r} cannot be a file's; leave out what no name may hold")
+    if (size := len(f"{name}.txt".encode())) > LONGEST:
+        raise InvalidText(
+            f"{place}: the name {name[:20]!r}… is too long for a file's: {size} bytes with .txt; shorten it"
+        )
+    return name

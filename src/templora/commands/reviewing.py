@@ -44,11 +44,18 @@ class Folder:
                 if target and target != record.target.strip():
                     yield number, target
 
+    def complete(self, records: "Sequence[Translated]") -> None:
+        """Files for passages that have none: from runs without this folder, or that were killed."""
+        for number, record in enumerate(records):
+            if not self._target(number).exists():
+                self.store(number, record)
+
     def store(self, number: int, record: "Translated") -> None:
         """The translation to edit, and its source to look at."""
         try:
-            self._target(number).write_text(record.target + "\n", "utf-8")
+            # The source first: where the translation is there, both are.
             (self.path / f"{number:05}.source.txt").write_text(record.source + "\n", "utf-8")
+            self._target(number).write_text(record.target + "\n", "utf-8")
         except OSError as error:
             raise OutputError(f"cannot write in {self.path}: {error.strerror}; free some space") from error
 

@@ -66,14 +66,16 @@ def translate(
         from templora.template import load
 
         folder = session or out.with_name(f"{out.name}.session")
-        if out.exists() and (not exists(folder) or out.samefile(source)):
+        # A source that is not there is the reader's to complain about.
+        is_source = out.exists() and source.exists() and out.samefile(source)
+        if is_source or (out.exists() and not exists(folder)):
             raise OutputError(f"{out} exists and is never overwritten; choose another --out")
         bilingual.check(out, source)
-        document = bilingual.read(source)
+        document = bilingual.read(source, (from_, to))
         sources = [segment.source for segment in document.segments]
         if not any(text.strip() for text in sources):
             raise InvalidText(f"{source} holds no text; give a file that does")
-        given = None if references is None else _references(references, len(sources))
+        given = None if references is None else _references(references, len(sources), (from_, to))
         base = load_base(model, dtype, device)
         sizes = translation_sizes(window, chunk, base.positions)
         made = base.session(load_recipe(recipe, set_ or [], sizes), seed=seed)
@@ -115,7 +117,7 @@ def translate(
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What to translate and where to; given: a translation of each segment."""
+    """What to translate and where to; given: a translation of each segment, "" where there is none."""
 
     source: Path
     out: Path
@@ -136,6 +138,7 @@ class _Job:
             for number, target in self.corrections.changed(ledger.records):
                 ledger.correct(number, target)
                 say(f"passage {number} was corrected; what follows is learned anew")
+            self.corrections.complete(ledger.records)
         for event in ledger.restore(translator):
             if isinstance(event, Warned):
                 say(f"warning: {event.message}")
@@ -144,8 +147,8 @@ class _Job:
             for part in self.parts[len(ledger.records) :]:
                 if interrupted:
                     return
-                reference = None if self.given is None else "\n".join(self.given[p] for p in part.places)
-                for event in ledger.translate(translator, Passage(part.source, reference or None)):
+                passage = Passage(part.source, self._reference(part, len(ledger.records)))
+                for event in ledger.translate(translator, passage):
                     if isinstance(event, Warned):
                         say(f"warning: {event.message}")
                     if isinstance(event, ChunkScored):
@@ -161,6 +164,19 @@ class _Job:
         if adapted.perplexity and base.perplexity:
             change = 100 * (adapted.perplexity / base.perplexity - 1)
             say(f"perplexity base {base.perplexity:.2f}, adapter {adapted.perplexity:.2f} ({change:+.1f} %)")
+
+    def _reference(self, part: "Block", number: int) -> str | None:
+        """The given translation of a passage, a line a segment; None: it must be drafted."""
+        if self.given is None:
+            return None
+        lines = [self.given[place] for place in part.places]
+        if all(lines):
+            return "\n".join(lines)
+        # Half of a translation would be learned as the whole of it.
+        if any(lines):
+            lacking = f"{lines.count('')} of its {len(lines)} segments have no reference"
+            say(f"warning: passage {number}: {lacking}; the model translates all of it")
+        return None
 
     def _check(self, ledger: "Ledger") -> None:
         for number, (part, record) in enumerate(zip(self.parts, ledger.records, strict=False)):
@@ -199,10 +215,20 @@ def _write(job: _Job, document: Any, targets: list[str], languages: tuple[str, s
     bilingual.write(job.out, document.translated(lines, *languages), job.source, overwrite=True)
 
 
-def _references(path: Path, segments: int) -> list[str]:
+def _references(path: Path, segments: int, languages: tuple[str, str]) -> list[str]:
+    """The translation of each segment in one line, as sources are; "" where there is none.
+
+    Raises:
+        InvalidText: they are not as many as the source's, or none is translated.
+    """
     from templora.formats import bilingual
 
-    found = bilingual.read(path).segments
+    found = bilingual.read(path, languages).segments
     if len(found) != segments:
         raise InvalidText(f"{path} has {len(found)} segments, the source {segments}; they must match")
-    return [segment.target or segment.source for segment in found]
+    # In a file of one column the lines themselves are the translations; elsewhere they are the sources.
+    alone = path.suffix.lower() not in bilingual.TOOLKIT and all(s.target is None for s in found)
+    texts = [s.source if alone else s.target or "" for s in found]
+    if not any(text.strip() for text in texts):
+        raise InvalidText(f"{path} holds no translations; leave out --references, or give a file that does")
+    return [" ".join(text.split()) for text in texts]
