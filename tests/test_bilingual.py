@@ -16,6 +16,7 @@ from lxml import etree, html
 from templora.errors import InvalidText, OutputError
 from templora.formats import bilingual, chapters, epub, guofeng
 from templora.formats.bilingual import Document, Segment
+from tests.archives import damage
 
 ODD = [
     "“Hello & <b>goodbye</b>”",
@@ -307,27 +308,17 @@ def test_words_beside_a_block_are_a_passage(
 
 @pytest.mark.parametrize("name", ["META-INF/container.xml", "EPUB/content.opf", "EPUB/chapter-001.xhtml"])
 def test_a_damaged_epub_is_refused(name: str, book: Path) -> None:
-    damaged(book, name)
+    damage(book, name)
     with pytest.raises(InvalidText, match="is not an EPUB file"):
         bilingual.read(book)
 
 
 def test_of_a_damaged_epub_nothing_is_written(book: Path, tmp_path: Path) -> None:
     found = bilingual.read(book)
-    damaged(book, "EPUB/toc.ncx")
+    damage(book, "EPUB/toc.ncx")
     with pytest.raises(InvalidText, match="is not an EPUB file"):
         bilingual.write(tmp_path / "b.epub", found, book)
     assert not list(tmp_path.glob("*b.epub*"))
-
-
-def damaged(path: Path, name: str) -> None:
-    """Its entry of that name no longer unpacks."""
-    with zipfile.ZipFile(path) as file:
-        info = file.getinfo(name)
-    data = bytearray(path.read_bytes())
-    start = info.header_offset + 30 + len(name)
-    data[start : start + info.compress_size] = b"\xff" * info.compress_size
-    path.write_bytes(data)
 
 
 @pytest.mark.slow

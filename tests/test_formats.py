@@ -11,6 +11,7 @@ from lxml import etree
 
 from templora.errors import InvalidText, MissingExtra
 from templora.formats import book, chapters, epub, extra
+from tests.archives import damage
 
 WORD = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
 PLAIN = "It was 1901 – “naïve”.\n\nThe second & the third < fourth.\nA line of its own."
@@ -133,21 +134,11 @@ def test_docx_with_content_controls_and_merged_cells(tmp_path: Path) -> None:
     assert book.read(path).text == "In a control.\n\nMerged\na b c\n\nEnd.\n"
 
 
-def damaged(path: Path, name: str) -> None:
-    """Its entry of that name no longer unpacks."""
-    with zipfile.ZipFile(path) as file:
-        info = file.getinfo(name)
-    data = bytearray(path.read_bytes())
-    start = info.header_offset + 30 + len(name)
-    data[start : start + info.compress_size] = b"\xff" * info.compress_size
-    path.write_bytes(data)
-
-
 def test_a_damaged_docx_or_epub_is_refused(tmp_path: Path) -> None:
     Document().save(str(tmp_path / "a.docx"))
     epub.write(tmp_path / "a.epub", "A", chapters.split("# One\n\nText."))
-    damaged(tmp_path / "a.docx", "word/document.xml")
-    damaged(tmp_path / "a.epub", "EPUB/content.opf")
+    damage(tmp_path / "a.docx", "word/document.xml")
+    damage(tmp_path / "a.epub", "EPUB/content.opf")
     for name, kind in (("a.docx", "DOCX"), ("a.epub", "EPUB")):
         with pytest.raises(InvalidText, match=f"is not an? {kind} file"):
             book.read(tmp_path / name)
