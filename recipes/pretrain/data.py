@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 
 BOUNDARY = "<|endoftext|>"
 GROUP_BLOCKS = 64
+DOCUMENTS_AT_ONCE = 16  # encoded side by side, a core each
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,10 @@ def encode(documents: list[Document], tokenizer: Tokenizer) -> np.ndarray:
         raise ValueError("the token cache is uint16: at most 65,536 tokens of vocabulary")
     edge = np.array([boundary], np.uint16)
     pieces = [edge]
-    for document in documents:
-        ids = tokenizer.encode(document.text, add_special_tokens=False).ids
-        pieces += [np.array(ids, np.uint16), edge]
+    for start in range(0, len(documents), DOCUMENTS_AT_ONCE):
+        texts = [document.text for document in documents[start : start + DOCUMENTS_AT_ONCE]]
+        for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+            pieces += [np.array(encoding.ids, np.uint16), edge]
     return np.concatenate(pieces)
 
 

@@ -224,8 +224,8 @@ def main() -> None:
     documents = drop_overlapping(read_documents(args.data / "novels.train.jsonl.xz"), unseen, OVERLAP)
     base.start = {name: value.float() for name, value in load_file(args.model / FILE).items()}
     if not any(name.endswith(RMS_B) for name in base.start):
-        texts = pieces(documents, base, SQUARES_FROM, args.tokens, Team())  # the same in each process
-        base.start |= expected(base, texts, args.recipe)
+        texts = pieces(documents, base, -(-SQUARES_FROM // team.size) * team.size, args.tokens, team)
+        base.start |= expected(base, texts, args.recipe, team)
     values, rounds = learnable(base.start), args.texts // team.size
     step = optimizer(values, rounds)
     for number, ids in enumerate(pieces(documents, base, rounds * team.size, args.tokens, team)):

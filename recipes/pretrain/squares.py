@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from team import Team
 from torch import Tensor
 
 from templora.base import Base
@@ -22,10 +23,10 @@ LEAST = 1e-20
 FLATTER = 0.8  # the power of the root mean squares that is best to divide by
 
 
-def expected(base: Base, texts: Iterable[list[int]], recipe: str) -> dict[str, Tensor]:
+def expected(base: Base, texts: Iterable[list[int]], recipe: str, team: Team) -> dict[str, Tensor]:
     """RMS_A, [rank, in], and RMS_B, [out, rank], of each layer: from Adam's squares at the end of each text.
 
-    `recipe` begins with what `base.start` says, without these two.
+    `recipe` begins with what `base.start` says, without these two. Each of the team has as many texts of its own.
     """
     total, count = dict[str, Tensor](), 0
     for ids in texts:
@@ -42,6 +43,7 @@ def expected(base: Base, texts: Iterable[list[int]], recipe: str) -> dict[str, T
                 key = name.removeprefix(PEFT_PREFIX) + kind
                 total[key] = total.get(key, 0) + own[id(site)]
     squares = {name: sum_ / count for name, sum_ in total.items()}
+    team.average_tensors([*squares.values()])
     return _flatter(squares, RMS_A) | _flatter(squares, RMS_B)
 
 

@@ -57,8 +57,9 @@ class Moments:
     def end_book(self) -> None:
         """The next chunk is of another book."""
         if self._chunks > 1:
-            self.signal += (self._total.T @ self._total - self._own) / (self._chunks * (self._chunks - 1))
-            self.noise += self._own / self._chunks
+            different = self._total.T @ self._total - self._own
+            self.signal += (different / (self._chunks * (self._chunks - 1))).cpu()
+            self.noise += (self._own / self._chunks).cpu()
         self._begin()
 
     def directions(self, rows: int) -> Tensor:
@@ -96,7 +97,7 @@ def gradients(
     """
     ids = ids[FIRST:] if len(ids) > 2 * FIRST else ids
     for start in range(CONTEXT, len(ids) - CHUNK, 2 * CHUNK)[:chunks]:
-        row = torch.tensor([ids[start - CONTEXT : start + CHUNK]])
+        row = torch.tensor([ids[start - CONTEXT : start + CHUNK]], device=model.device)
         hidden = model.model(row[:, :-1], use_cache=False).last_hidden_state[0, -CHUNK:]
         loss = cross_entropy(hidden @ weights["lm_head"].T, row[0, -CHUNK:])
         yield dict(zip(weights, torch.autograd.grad(loss, [*weights.values()]), strict=True))
@@ -113,7 +114,8 @@ def main() -> None:
     parser.add_argument("--first-block", type=float, default=0.17, help="as of the recipe; the head always")
     parser.add_argument("--out", type=Path, help="by default MODEL/start.safetensors")
     args = parser.parse_args()
-    model = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     unseen = [args.data / "novels.dev.jsonl.xz", *sorted(args.data.glob("pg19/*.txt.xz"))]
     documents = drop_overlapping(read_documents(args.data / "novels.train.jsonl.xz"), unseen, OVERLAP)

@@ -44,15 +44,18 @@ class Team:
 
     def average(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace each gradient by its mean over the team."""
+        self.average_tensors([p.grad for p in parameters if p.grad is not None])
+
+    def average_tensors(self, tensors: list[Tensor]) -> None:
+        """Replace each tensor by its mean over the team."""
         if self.size == 1:
             return
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = _flatten_dense_tensors(gradients)
+        flat = _flatten_dense_tensors(tensors)
         dist.all_reduce(flat)
-        for gradient, mean in zip(
-            gradients, _unflatten_dense_tensors(flat.div_(self.size), gradients), strict=True
+        for tensor, mean in zip(
+            tensors, _unflatten_dense_tensors(flat.div_(self.size), tensors), strict=True
         ):
-            gradient.copy_(mean)
+            tensor.copy_(mean)
 
     def mean(self, value: float) -> float:
         """The mean of a number over the team."""

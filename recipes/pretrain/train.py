@@ -84,7 +84,8 @@ def evaluate(run: Run, model: LlamaForCausalLM, window: int) -> dict:
     count = LossCount(TextLengths.of(run.tokenizer))
     blocks = run.config.evaluate_blocks
     for row in sample_windows(run.dev, window, blocks).to(run.device).split(1):
-        with run.autocast():
+        # Seldom and without gradients: not worth compiling anew for.
+        with run.autocast(), torch.compiler.set_stance("force_eager"):
             losses = token_losses(model, row)
         count.add(losses, row[:, 1:])
         count.add_positions(losses)
@@ -142,7 +143,7 @@ def train(run: Run, stop_after: int | None = None) -> list[float]:
     progress = load_checkpoint(run, model, optimizers)
     batches = Batches(run.train, config.longest, config.seed)
     if config.compile:
-        model.model.compile()
+        model.model.compile(dynamic=False)  # once for each stage's window
     losses: list[float] = []
     model.train()
     clock = time.monotonic()

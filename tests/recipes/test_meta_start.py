@@ -101,11 +101,12 @@ def test_what_adam_divides_by_comes_from_other_texts(monkeypatch: pytest.MonkeyP
     """Numbers that are loud in every text are told from those that are not, less than they differ."""
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     from squares import FLATTER, expected
+    from team import Team
 
     base = templora.load("novelist")
     base.start = {name: rows for name, rows in base.start.items() if name.endswith(A)}
     ids = base.encode(BOOK)[:640]
-    found = expected(base, [ids, ids], "default")
+    found = expected(base, [ids, ids], "default", Team())
     session = base.session("default", seed=0, window=256, context=256)
     session.extend(ids, "")
     for _ in session.learning():
