@@ -13,7 +13,7 @@ from templora.tasks.batch import score_batch
 from templora.tasks.score import score
 from templora.testing import ByteTokenizer, tiny_llama
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 TEXT = (Path(__file__).parent.parent / "LICENSE").read_text("utf-8")
 SIZES: dict[str, Any] = {"window": 64, "chunk": 16, "context": 64}
 GREEDY = Sampling(temperature=0.0, repetition_penalty=None, top_p=None)
@@ -22,9 +22,7 @@ RECIPES = pytest.mark.parametrize("recipe", ["default", "paper"])
 
 def base_on(device: str, dtype: torch.dtype = torch.float32) -> Base:
     """The same tiny base, there."""
-    return templora.load(
-        model=tiny_llama(initializer_range=0.2).to(device, dtype), tokenizer=ByteTokenizer()
-    )
+    return templora.load(model=tiny_llama(initializer_range=0.2).to(device, dtype), tokenizer=ByteTokenizer())
 
 
 def text_of(base: Base, tokens: int = 80, **more: Any) -> str:

@@ -53,6 +53,7 @@ class PretrainConfig(BaseModel):
     decay_from: float = Field(0.3, ge=0, lt=1)
     clip: float = Field(1.0, gt=0)
     overlap_limit: float = Field(0.01, ge=0, le=1)
+    hold_out: int | None = Field(None, ge=2)  # one novel in so many is left to the start of adapters
     evaluate_every: int = Field(200, gt=0)
     evaluate_blocks: int = Field(16, gt=0)
     checkpoint_every: int = Field(200, gt=0)

@@ -40,6 +40,17 @@ def read_documents(path: str | Path) -> list[Document]:
         return [Document(row["title"], row["text"]) for row in map(json.loads, lines)]
 
 
+def hold_out(documents: list[Document], every: int | None) -> tuple[list[Document], list[Document]]:
+    """Part documents into those to train on, and each `every`-th, from which adapters learn where to begin.
+
+    A base has come so far on what it was trained on that an adapter finds nothing to learn there.
+    """
+    if every is None:
+        return documents, []
+    held = documents[every - 1 :: every]
+    return [document for number, document in enumerate(documents, 1) if number % every], held
+
+
 def drop_overlapping(
     documents: list[Document], unseen_paths: Sequence[str | Path], limit: float
 ) -> list[Document]:
@@ -78,7 +89,12 @@ def encode(documents: list[Document], tokenizer: Tokenizer) -> np.ndarray:
 
 
 def load_stream(
-    data: Path, unseen: Sequence[str], tokenizer: Tokenizer, cache: Path, limit: float
+    data: Path,
+    unseen: Sequence[str],
+    tokenizer: Tokenizer,
+    cache: Path,
+    limit: float,
+    held: int | None = None,
 ) -> np.ndarray:
     """Return the encoded training stream, from `cache` when it is there.
 
@@ -88,10 +104,12 @@ def load_stream(
         tokenizer: encodes the text.
         cache: `.npy` file to read, or to write.
         limit: the share of common 13-word runs above which a document is dropped.
+        held: one document in so many is left out.
     """
     if not cache.exists():
         paths = sorted(path for pattern in unseen for path in glob.glob(pattern))
-        documents = drop_overlapping(read_documents(data), paths, limit)
+        documents, _ = hold_out(read_documents(data), held)
+        documents = drop_overlapping(documents, paths, limit)
         cache.parent.mkdir(parents=True, exist_ok=True)
         np.save(cache, encode(documents, tokenizer))
     return np.load(cache)

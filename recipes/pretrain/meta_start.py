@@ -24,15 +24,16 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from data import Document, drop_overlapping, read_documents
+from data import Document, drop_overlapping, hold_out, read_documents
 from safetensors.torch import load_file, save_file
 from squares import SQUARES_FROM, WINDOW, expected
-from start import FIRST, OVERLAP
+from start import FIRST, HOLD_OUT, OVERLAP
 from team import Team
 from torch import Tensor, nn
 
@@ -48,7 +49,7 @@ BEGINNING = 1024  # tokens
 ROWS = ".lora_B.rows"  # by what RMS_B's rows have changed: they are surer than its numbers
 FORGET = 0.999  # of earlier updates, a chunk: Adam's squares do change a little
 REPAIRED = 0.97  # of what the beginning counts for directly, a chunk; without it B ran away
-# Steps on A by its own size, on B, and on logarithms.
+TEXTS_A_STEP = 2  # that these are for: on A by its own size, on B, and on logarithms
 STEPS = {A: 0.05, B: 1e-3, RMS_A: 0.02, RMS_B: 0.02, ROWS: 0.04}
 LOGS = (RMS_A, RMS_B, ROWS)
 BETAS, DAMPING = (0.8, 0.95), 0.3  # of Adam; what is small against a text's whole gradient stays where it is
@@ -148,9 +149,11 @@ def _learned(session: Session, layers: list[Layer], event: ChunkLearned) -> None
         layer.learned(clip, rate * event.share * event.learning_rate * recipe.b_rate)
 
 
-def pieces(documents: list[Document], base: Base, texts: int, tokens: int, team: Team) -> Iterator[list[int]]:
+def pieces(
+    documents: list[Document], base: Base, texts: int, tokens: int, team: Team, seed: int
+) -> Iterator[list[int]]:
     """This process's share of the texts, each a piece from anywhere in a book."""
-    places = random.Random(0)
+    places = random.Random(seed)
     for number in range(texts):
         document, place = places.choice(documents), places.random()
         if number % team.size == team.rank:
@@ -160,20 +163,27 @@ def pieces(documents: list[Document], base: Base, texts: int, tokens: int, team:
             yield ids[begin : begin + tokens]
 
 
-def optimizer(values: dict[str, nn.Parameter], rounds: int) -> Callable[[], None]:
-    """A step on all values along their gradients; steps get shorter, down to a fifth."""
+def optimizer(values: dict[str, nn.Parameter], texts_a_step: int) -> Callable[[float], None]:
+    """A step on all values along their gradients, shorter with the share of the run, down to a fifth.
+
+    What more texts say together is surer, and steps are longer by the root of their number.
+    """
+    longer = (texts_a_step / TEXTS_A_STEP) ** 0.5
     groups = [
-        {"params": [value], "lr": STEPS[kind] * (float(value.detach().std()) if kind == A else 1.0)}
+        {
+            "params": [value],
+            "peak": longer * STEPS[kind] * (float(value.detach().std()) if kind == A else 1.0),
+        }
         for name, value in values.items()
         for kind in STEPS
         if name.endswith(kind)
     ]
     adam = torch.optim.Adam(groups, betas=BETAS, eps=DAMPING)
-    schedule = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.2, max(1, rounds))
 
-    def step() -> None:
+    def step(share: float) -> None:
+        for group in adam.param_groups:
+            group["lr"] = group["peak"] * (1 - 0.8 * share)
         adam.step()
-        schedule.step()
 
     return step
 
@@ -213,27 +223,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--hold-out", type=int, default=HOLD_OUT, help="as of the base's own configuration")
     parser.add_argument("--recipe", default="default")
     parser.add_argument("--texts", type=int, default=240)
     parser.add_argument("--tokens", type=int, default=8192, help="of each")
+    parser.add_argument("--seed", type=int, default=0, help="another one where a run goes on from the last")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop then, if it is not done")
     parser.add_argument("--out", type=Path, help="by default MODEL/start.safetensors")
     args = parser.parse_args()
     team, out = Team.join(), args.out or args.model / FILE
     base = templora.load(str(args.model))
     unseen = [args.data / "novels.dev.jsonl.xz", *sorted(args.data.glob("pg19/*.txt.xz"))]
-    documents = drop_overlapping(read_documents(args.data / "novels.train.jsonl.xz"), unseen, OVERLAP)
+    _, documents = hold_out(read_documents(args.data / "novels.train.jsonl.xz"), args.hold_out)
+    documents = drop_overlapping(documents, unseen, OVERLAP)
     base.start = {name: value.float() for name, value in load_file(args.model / FILE).items()}
     if not any(name.endswith(RMS_B) for name in base.start):
-        texts = pieces(documents, base, -(-SQUARES_FROM // team.size) * team.size, args.tokens, team)
+        texts = pieces(
+            documents, base, -(-SQUARES_FROM // team.size) * team.size, args.tokens, team, args.seed
+        )
         base.start |= expected(base, texts, args.recipe, team)
     values, rounds = learnable(base.start), args.texts // team.size
-    step = optimizer(values, rounds)
-    for number, ids in enumerate(pieces(documents, base, rounds * team.size, args.tokens, team)):
+    step, started = optimizer(values, team.size), time.monotonic()
+    texts = pieces(documents, base, rounds * team.size, args.tokens, team, args.seed)
+    for number, ids in enumerate(texts):
         found, *nll = read(base, ids, args.recipe)
         for name, value in values.items():
             value.grad = found[name]
         team.average(values.values())
-        step()
+        share = max(number / rounds, team.mean(time.monotonic() - started) / 60 / args.minutes)
+        if share >= 1:
+            break
+        step(share)
         base.start, (mean, first) = start_of(values), map(team.mean, nll)
         if team.leads:
             save(base.start, out)

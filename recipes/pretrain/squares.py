@@ -26,7 +26,7 @@ FLATTER = 0.8  # the power of the root mean squares that is best to divide by
 def expected(base: Base, texts: Iterable[list[int]], recipe: str, team: Team) -> dict[str, Tensor]:
     """RMS_A, [rank, in], and RMS_B, [out, rank], of each layer: from Adam's squares at the end of each text.
 
-    `recipe` begins with what `base.start` says, without these two. Each of the team has as many texts of its own.
+    `recipe` begins with what `base.start` says, without these two. Each of the team has its own texts.
     """
     total, count = dict[str, Tensor](), 0
     for ids in texts:

@@ -9,7 +9,8 @@ of one book estimate the first, products of each chunk's gradient with itself bo
 many books, the directions in which their ratio is largest come first (a generalised eigenvalue problem).
 Scaled so that noise is alike in all of them, they are what `start: learned` begins with.
 
-The texts are those that the base was trained on, without those that share much with the dev novels or PG19.
+The texts are those that were held out from the base's training: on others it has learned what there is to
+learn. Those that share much with the dev novels or PG19 are left out.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from data import drop_overlapping, read_documents
+from data import drop_overlapping, hold_out, read_documents
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -29,6 +30,7 @@ from templora.start import FILE, A
 
 CONTEXT, CHUNK = 256, 64  # tokens: what a chunk sees before it, and what it is
 FIRST = 2000  # tokens that are passed over: title pages are alike and no part of the book
+HOLD_OUT = 6  # every sixth novel, which the base has not seen
 OVERLAP = 0.01  # share of 13-word runs that a book may have in common with those that are measured
 DAMPING = 1e-3  # of the noise's mean: directions that hardly occur are no gain
 
@@ -108,8 +110,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--books", type=int, default=36, help="spread over all that there are")
-    parser.add_argument("--chunks", type=int, default=128, help="of each book")
+    parser.add_argument("--hold-out", type=int, default=HOLD_OUT, help="as of the base's own configuration")
+    parser.add_argument("--books", type=int, default=36, help="at most, spread over all that there are")
+    parser.add_argument("--chunks", type=int, default=256, help="of each book")
     parser.add_argument("--rows", type=int, default=64, help="rows of A: the largest rank that will use them")
     parser.add_argument("--first-block", type=float, default=0.17, help="as of the recipe; the head always")
     parser.add_argument("--out", type=Path, help="by default MODEL/start.safetensors")
@@ -118,17 +121,19 @@ def main() -> None:
     model = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     unseen = [args.data / "novels.dev.jsonl.xz", *sorted(args.data.glob("pg19/*.txt.xz"))]
-    documents = drop_overlapping(read_documents(args.data / "novels.train.jsonl.xz"), unseen, OVERLAP)
+    _, documents = hold_out(read_documents(args.data / "novels.train.jsonl.xz"), args.hold_out)
+    documents = drop_overlapping(documents, unseen, OVERLAP)
     weights = layers(model, args.first_block)
     moments = {name: Moments(weight.shape[1]) for name, weight in weights.items()}
-    for number, document in enumerate(documents[:: max(1, len(documents) // args.books)][: args.books]):
+    documents = documents[:: max(1, len(documents) // args.books)][: args.books]
+    for number, document in enumerate(documents):
         ids = tokenizer(document.text, add_special_tokens=False, verbose=False).input_ids
         for chunk in gradients(model, weights, ids, args.chunks):
             for name, gradient in chunk.items():
                 moments[name].add(gradient)
         for own in moments.values():
             own.end_book()
-        print(f"{number + 1}/{args.books} {document.title}", flush=True)
+        print(f"{number + 1}/{len(documents)} {document.title}", flush=True)
     rows = {name + A: own.directions(args.rows).half().contiguous() for name, own in moments.items()}
     save_file(rows, args.out or args.model / FILE)
 

@@ -71,7 +71,8 @@ def prepare(config: PretrainConfig, data: Path, out: Path, team: Team) -> Run:
         train_tokenizer(read_documents(train), config.shape.vocabulary).save(str(source))
     tokenizer = Tokenizer.from_file(str(source))
     unseen = [str(dev), str(data / "pg19" / "*.txt.xz")]
-    stream = load_stream(train, unseen, tokenizer, out / "train.npy", config.overlap_limit)
+    cache = out / "train.npy"
+    stream = load_stream(train, unseen, tokenizer, cache, config.overlap_limit, config.hold_out)
     if not (out / "dev.npy").exists():
         np.save(out / "dev.npy", encode(read_documents(dev), tokenizer))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

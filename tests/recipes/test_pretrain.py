@@ -132,6 +132,19 @@ def test_the_exported_folder_loads_with_the_trained_weights_in_bf16(tmp_path, to
     assert read.bos_token == read.eos_token == "<|endoftext|>"
 
 
+def test_one_novel_in_so_many_is_held_out_of_the_stream(tmp_path, tokenizer):
+    from data import Document, encode, hold_out, load_stream
+
+    novels = [Document(str(seed), text(seed, 60)) for seed in range(7)]
+    kept, held = hold_out(novels, 3)
+    assert [d.title for d in kept] == ["0", "1", "3", "4", "6"] and [d.title for d in held] == ["2", "5"]
+    assert hold_out(novels, None) == (novels, [])
+    with lzma.open(tmp_path / "novels.jsonl.xz", "wt", encoding="utf-8") as file:
+        file.write("\n".join(json.dumps(vars(novel)) for novel in novels))
+    stream = load_stream(tmp_path / "novels.jsonl.xz", [], tokenizer, tmp_path / "train.npy", 0.01, 3)
+    assert np.array_equal(stream, encode(kept, tokenizer))
+
+
 def test_a_pass_takes_each_block_once_whatever_the_window():
     from data import Batches
 

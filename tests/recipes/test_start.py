@@ -48,11 +48,12 @@ def test_the_script_writes_what_a_base_loads(tmp_path: Path) -> None:
             for title, text in texts.items():
                 file.write(json.dumps({"title": title, "text": text}) + "\n")
     out = tmp_path / "start.safetensors"
-    words = [NOVELIST, "--data", tmp_path, "--books", 3, "--chunks", 3, "--rows", 8, "--out", out]
+    sizes = ["--books", "3", "--chunks", "3", "--rows", "8", "--hold-out", "1"]
+    words = [NOVELIST, "--data", tmp_path, *sizes, "--out", out]
     command = [sys.executable, str(SCRIPT), *map(str, words)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "overlap dropped" in printed and "3/3 c" in printed and " d\n" not in printed.split("1/3")[1]
     made, shipped = load_file(out), load_file(NOVELIST / "start.safetensors")
     assert made.keys() == {name for name in shipped if name.endswith(".lora_A.weight")}
-    assert {tuple(rows.shape) for rows in made.values()} == {(8, 256), (8, 704)}
+    assert {tuple(rows.shape) for rows in made.values()} == {(8, 320), (8, 832)}
     assert all(bool(rows.isfinite().all()) for rows in [*made.values(), *shipped.values()])
