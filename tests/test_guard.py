@@ -174,6 +174,19 @@ def test_a_rate_a_hundred_times_too_high_costs_at_most_one_percent(novelist: Bas
 
 
 @pytest.mark.slow
+def test_a_text_is_learned_alike_whether_the_score_of_its_base_is_shown_or_not(novelist: Base) -> None:
+    seen: list[list[object]] = []
+    for score_base in (True, False):
+        session = novelist.session(seed=1, window=256, context=256, learning_rate=0.1)
+        events = list(scoring(session, prose(novelist, 1500), score_base=score_base))
+        assert any(isinstance(event, RolledBack) for event in events), "the guard must have had to act"
+        told = [{**event.as_dict(), "base_nll": None, "seconds": None} for event in events]
+        seen.append([told, session.adapter.snapshot().tolist()])
+        session.discard()
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["random bytes", "one word"])
 def test_garbage_in_the_middle_costs_at_most_one_percent_and_the_text_after_it_still_gains(
     novelist: Base, kind: str

@@ -81,7 +81,7 @@ def test_a_text_that_runs_out_of_positions_is_one_that_never_does(monkeypatch: p
 
     def counted(self: Decoder, ids: Any, stop: int, *more: Any, **named: Any) -> Tensor:
         nonlocal again
-        again += stop - self.cache.stop if self.adapter else 0  # the guard looks at the base now and then
+        again += stop - self.cache.stop if self.adapter else 0  # the base's own cache is another one
         return run(self, ids, stop, *more, **named)
 
     def moved(self: Rotary, keys: Any, by: int) -> list[Tensor]:

@@ -200,7 +200,8 @@ class Batch:
         to_learn: list[int] = []
         for text, row, own, bare in zip(texts, rows, adapted, base, strict=True):
             span = row.span
-            events: list[Event] = [ChunkScored(span.chunk, span.start, span.tokens, own, bare)]
+            shown = bare if score_base else None
+            events: list[Event] = [ChunkScored(span.chunk, span.start, span.tokens, own, shown)]
             if text.is_full:
                 events, learns = text.study.judge(
                     text.ids, span, text.written, own, bare, score_base=score_base
@@ -222,15 +223,9 @@ class Batch:
     def _base_sums(self, rows: Sequence[Row], score_base: bool) -> list[float | None]:
         """NLL of each chunk under the bare base in nats, where it is wanted."""
         assert self._passes is not None
-        if score_base:
+        if score_base or self.texts[0].study.needs_base:
             return [*_sums(self._passes.base_nll(rows), rows)]
-        # Each guard asks at its own chunks, so these are passes of a text alone.
-        return [
-            text.passes.base_nll(text.ids, row.span)
-            if text.is_full and text.study.wants_base(row.span, text.written)
-            else None
-            for text, row in zip(self.texts, rows, strict=True)
-        ]
+        return [None] * len(rows)
 
 
 def _sums(nll: torch.Tensor, rows: Sequence[Row]) -> list[float]:

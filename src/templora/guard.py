@@ -35,7 +35,6 @@ OWN_DRIFT = 0.2  # nats per token that own text may move the adapter from the ba
 LARGEST_LOSS = 30.0  # nats, added up over chunks, that the adapter may lose against the base
 CLEARLY = 0.5  # nats per token of a chunk: what the last good version loses there if it is given up at once
 RECOVERY = 1.05  # a learning rate that was lowered comes back by this factor at each chunk that gains
-SHADOW_EVERY = 8  # chunks between two looks at the base where nobody else asks for its score
 CHECK_FIRST, CHECK_EVERY = 8, 16  # updates that are checked: the first ones, then every so many
 
 
@@ -68,10 +67,6 @@ class Guard:
     allowed: float = OWN_DRIFT
     rate: float = 1.0
     went_back: bool = False
-
-    def wants_base(self, chunk: int, written: int) -> bool:
-        """Whether the base's score of this chunk is needed to judge it."""
-        return written > 0 or chunk % SHADOW_EVERY == 0
 
     def judge(
         self, ids: Sequence[int], tokens: int, adapted: float, base: float | None, written: int

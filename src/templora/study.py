@@ -68,7 +68,7 @@ class Study:
         adapted, base = float(first.detach().sum()), None
         # Where that pass is also the first of learning, its time counts as learning.
         spent = time.perf_counter() - started if one_pass else 0.0
-        if score_base or self.wants_base(span, written):
+        if score_base or self.needs_base:
             base = self.passes.base_nll(ids, span)
         before = self.guard.state()
         try:
@@ -88,10 +88,14 @@ class Study:
         learns = self.recipe.learning_rate > 0 and self.learner.one_pass
         return learns and self.recipe.context_equals_window
 
-    def wants_base(self, span: Span, written: int) -> bool:
-        """Whether the guard needs the base's score of this chunk."""
-        guarded = self.recipe.guard and self.recipe.learning_rate > 0
-        return guarded and self.guard.wants_base(span.chunk, written)
+    @property
+    def needs_base(self) -> bool:
+        """Whether the guard judges chunks by what the bare base makes of them, asked for or not.
+
+        At each chunk: so a text is learned alike whether its base's score is shown or not, and the base, which
+        runs along, finds its keys in its cache.
+        """
+        return self.recipe.guard and self.recipe.learning_rate > 0
 
     def judge(
         self,
@@ -105,7 +109,7 @@ class Study:
     ) -> tuple[list[Event], bool]:
         """What there is to say of a chunk that was scored, and whether it should be learned.
 
-        score_base: say the base's score as well; what the guard knows of some chunks is no figure of a text.
+        score_base: say the base's score as well.
         """
         place = (span.chunk, span.start, span.tokens)
         events: list[Event] = [ChunkScored(*place, adapted, base if score_base else None)]
