@@ -133,6 +133,8 @@ MORE: tuple[Architecture, ...] = (
     llama_like("exaone4", **ALTERNATING),
     llama_like("ministral", head_dim=8, **ALTERNATING),
     llama_like("granitemoe", num_local_experts=4, **EXPERTS),
+    llama_like("phimoe", num_local_experts=4, **EXPERTS),  # its router is a linear layer that gives a tuple
+    llama_like("llama4_text", head_dim=8, intermediate_size_mlp=48, num_local_experts=4),  # no plain backbone
     llama_like("olmoe", num_experts=4, **EXPERTS),
     llama_like("qwen3_moe", head_dim=8, moe_intermediate_size=16, num_experts=4, **EXPERTS),
     llama_like(

@@ -258,3 +258,10 @@ def test_targets_that_the_model_does_not_have_are_refused_and_leave_it_as_it_was
     assert base.fingerprint() == before
     assert set(vars(base.model)) == keys
     assert base.session(seed=1, **SIZES).read(PROSE).tokens > 0
+
+
+def test_a_target_that_is_no_linear_layer_is_refused() -> None:
+    base = templora.load(model=tiny_llama(), tokenizer=ByteTokenizer())
+    with pytest.raises(UnsupportedModel, match="embed_tokens is a Embedding"):
+        base.session(targets=("q_proj", "embed_tokens"))
+    assert base.session(seed=1).adapter.sites, "the model is as it was"

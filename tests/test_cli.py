@@ -183,16 +183,26 @@ def test_a_text_is_read_and_continued_in_its_own_file(tiny: str, tmp_path: Path)
     assert out.read_bytes().decode() == text + done.stdout_bytes.decode()
 
 
+def exported(folder: Path) -> str:
+    """The text of a session."""
+    return CliRunner().invoke(app, ["sessions", "export", str(folder)]).stdout
+
+
 def test_a_session_that_read_a_file_goes_on_in_it(tiny: str, tmp_path: Path) -> None:
     out, folder = tmp_path / "novel.txt", tmp_path / "my-novel"
     out.write_text(PROMPT, "utf-8")
     text = PROMPT
-    for options in (["--model", tiny, *SIZES], []):
+    for options in (["--model", tiny, *SIZES], [], []):
         done = templora_write("--session", folder, "--read", out, "--out", out, *options, "--tokens", 20)
         assert done.exit_code == 0
         assert out.read_bytes().decode().startswith(text), "nothing stands there twice"
         assert len(out.read_bytes().decode()) < len(text) + 60
         text = out.read_bytes().decode()
+        assert exported(folder) == text, "nor in the session"
+    out.write_text(text + " The tide turned.", "utf-8", newline="")
+    done = templora_write("--session", folder, "--read", out, "--out", out, "--tokens", 20)
+    assert exported(folder) == out.read_bytes().decode(), "what was added by hand is read, and that alone"
+    assert exported(folder).startswith(text + " The tide turned.")
 
 
 def test_what_is_said_to_go_on_with_goes_on(tiny: str, tmp_path: Path) -> None:

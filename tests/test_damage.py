@@ -132,7 +132,9 @@ def test_a_line_in_the_middle_is_damaged(whole: Path, tmp_path: Path) -> None:
         templora.resume(folder, BASE)
     assert path.read_bytes() == damaged
     assert CliRunner().invoke(app, ["sessions", "repair", str(folder)]).exit_code == 0
-    assert (folder / "journal.damaged").read_bytes() == damaged
+    again = CliRunner().invoke(app, ["sessions", "repair", str(folder)])
+    assert "all 30 lines are good" in again.stderr
+    assert (folder / "journal.damaged").read_bytes() == damaged, "the only whole copy stays"
     assert len(journal.read(path).lines) == 30
     assert written(in_memory(), 90).text.startswith(templora.resume(folder, base()).text)
 

@@ -408,3 +408,59 @@ class Reordered(torch.nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.linear(input.flip(-1), self.weight.flip(-1))
+
+
+def test_a_session_stays_where_it_is_when_the_program_goes_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    made = durable(Path("story"))
+    monkeypatch.chdir(tmp_path / "b")
+    (tmp_path / "b" / "story").mkdir()
+    (tmp_path / "b" / "story" / "novel.txt").write_text("Another's.", "utf-8")
+    made.note("here")
+    written(made, 40).rewind("here")
+    made.discard(keep_text=False)
+    assert (tmp_path / "b" / "story" / "novel.txt").exists()
+    assert not (tmp_path / "a" / "story").exists()
+
+
+def test_text_that_makes_no_token_is_cut_with_the_token_before_it() -> None:
+    history = History(Plan(40, 16, 40), 0)
+    history.give([], " ", [])
+    history.give([5, 6], "ab", [1, 1])
+    history.give([], "\n\n", [])
+    history.own(7, "c", 1)
+    ends = [history.end(tokens) for tokens in range(4)]
+    assert ends == [0, 2, 5, 6]
+    history.cut(2)
+    assert history.text.getvalue() == " ab\n\n"
+
+
+def test_ids_that_are_not_the_texts_own_are_cut_with_all_of_it(tmp_path: Path) -> None:
+    made = BASE.session(seed=7, dir=tmp_path / "s", **SIZES)
+    made.extend([84, 104], "The lamp.")
+    after = written(made, 20).text
+    there = len(made.ids)
+    written(made, 20).rewind(there)
+    assert made.text == after
+
+
+def test_a_loop_that_was_open_during_a_rewind_goes_on_from_there(tmp_path: Path) -> None:
+    made = durable(tmp_path / "s")
+    made.note("here")
+    wishes: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 5.0}
+    events = made.write(60, **wishes)
+    for _ in range(20):
+        next(events)
+    texts: list[list[int]] = []
+    for loop in (events, None):
+        made.rewind("here")
+        start = len(made.ids)
+        for _ in loop or made.write(len(texts[0]), **wishes):
+            pass
+        texts.append(made.ids[start:])
+    assert len(texts[0]) > 30
+    assert texts[0] == texts[1]

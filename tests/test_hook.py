@@ -254,3 +254,24 @@ def test_it_works_on_gpt2_too() -> None:
     ).eval()
     written = generate(model, max_new_tokens=20, do_sample=True, pad_token_id=256)
     assert PROMPT.shape[1] < written.shape[1] <= PROMPT.shape[1] + 20
+
+
+def test_padding_is_no_part_of_the_text() -> None:
+    padded = torch.cat((torch.zeros_like(PROMPT[:, :20]), PROMPT), dim=1)
+    mask = torch.cat((torch.zeros_like(PROMPT[:, :20]), torch.ones_like(PROMPT)), dim=1)
+    made = MODEL.generate(
+        padded,
+        attention_mask=mask,
+        custom_generate=templora.generate,
+        recipe_overrides=SIZES | {"learning_rate": 1e-3},
+        seed=3,
+        max_new_tokens=40,
+        do_sample=False,
+    )
+    assert made[0, 20:].tolist() == generate(max_new_tokens=40, do_sample=False)[0].tolist()
+
+
+def test_inside_autocast_it_learns_as_outside() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = generate(max_new_tokens=40, do_sample=False)
+    assert inside.tolist() == generate(max_new_tokens=40, do_sample=False).tolist()

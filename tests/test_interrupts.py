@@ -9,9 +9,11 @@ import pytest
 from torch import nn
 
 import templora
+from templora import journal
 from templora.cache import WindowLayer
 from templora.errors import OutputError
 from templora.injection import standing_in
+from templora.study import Study
 from tests.sessions import PROSE, base, durable, state
 
 
@@ -95,3 +97,35 @@ def test_a_pass_that_broke_off_between_two_layers_is_made_again(
         made.append((session.ids, state(session)))
     assert made[0][0] == made[1][0]
     assert made[0][1] == made[1][1]
+
+
+@pytest.mark.parametrize("place", ["while it learns again", "before it knows where to"])
+def test_an_interrupted_move_is_made_by_whatever_comes_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    made, plain = (durable(tmp_path / name, save_every=None) for name in "ab")
+    for session in (made, plain):
+        session.note("start")
+        list(session.write(80))
+    owner, name = (Study, "finish") if place == "while it learns again" else (journal, "good")
+    real, calls = getattr(owner, name), [0]
+
+    def interrupted(*args: Any, **named: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == (3 if owner is Study else 1):
+            raise KeyboardInterrupt
+        return real(*args, **named)
+
+    moves = [lambda s=session: s.undo() if owner is Study else s.rewind("start") for session in (made, plain)]
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            moves[0]()
+    if owner is journal:  # it had not begun
+        made.rewind("start")
+    moves[1]()
+    for session in (made, plain):
+        list(session.write(40))
+    assert state(made) == state(plain)
+    made.store.close()
+    assert state(templora.resume(made.dir, base())) == state(plain)

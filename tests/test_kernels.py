@@ -125,6 +125,25 @@ def test_a_text_is_scored_and_learned_as_without_them(
     assert scores[True] != scores[False], "the fast kernels did not run"
 
 
+@pytest.mark.parametrize("changes", [{"rank": 8, "alpha": 64}, {"dropout": 0.05}], ids=str)
+def test_logits_that_are_made_again_are_made_by_the_same_kernels(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More labels than a piece holds, and an output layer that learns with a scale of its own."""
+    weights: dict[bool, Tensor] = {}
+    for fast in (False, True):
+        monkeypatch.setattr(kernels, "pays", lambda fast=fast: fast)
+        model = tiny_llama(initializer_range=0.2, max_position_embeddings=512)
+        base = templora.load(model=model, tokenizer=ByteTokenizer())
+        sizes: dict[str, Any] = {"window": 200, "context": 200, "chunk": 200, "learning_rate": 1e-3}
+        session = base.session(seed=3, guard=False, **sizes, **changes)
+        session.read(PROSE[:420])
+        weights[fast] = session.adapter.gradient.clone()
+    assert float(weights[True].norm()) > 0
+    apart = float((weights[True] - weights[False]).norm() / weights[False].norm())
+    assert apart < 1e-2
+
+
 def test_at_rate_zero_they_leave_the_base_and_the_adapter_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -1,7 +1,8 @@
 """One text in time: the same seed, the same text, however its loop is left, cut or interleaved."""
 
 from collections.abc import Iterator
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from itertools import islice, zip_longest
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from transformers import LogitsProcessor, LogitsProcessorList
 
 import templora
 from templora.base import Base
@@ -152,7 +154,7 @@ def test_reading_scores_each_token_but_the_first_once_until_a_chunk_is_full() ->
 def test_reading_says_what_it_came_to() -> None:
     made = BASE.session(seed=7, **FAST)
     reading = made.read(PROSE, score_base=True)
-    assert reading.tokens == 1 + len(PROSE)
+    assert reading.tokens == len(PROSE), "what the base puts before a text was not read"
     assert reading.scored_tokens == len(PROSE) // 16 * 16
     assert reading.base_perplexity is not None
     assert reading.adapted_perplexity is not None
@@ -560,3 +562,88 @@ def test_inside_inference_mode_a_session_says_what_to_do() -> None:
         session.read("The lamp was lit.")
     with torch.no_grad():
         assert session.read("The lamp was lit, and the sea was calm.").scored_tokens > 0
+
+
+def test_what_cannot_be_learned_says_why() -> None:
+    made = BASE.session(seed=7, **FAST)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TemploraError, match="autocast"):
+        made.read(PROSE)
+    with pytest.raises(InvalidText, match="is no character"):
+        made.read("half of a character: \ud83d")
+    with pytest.raises(InvalidText, match="token 257 is none of this base's 257"):
+        made.extend([5, 257], "")
+    with pytest.raises(InvalidText, match="a string to stop at is empty"):
+        made.write(5, stop=["x", ""])
+    assert made.ids == []
+    with pytest.raises(InvalidText, match="no tokenizer"):
+        templora.load(model=MODEL).session(**FAST).read(PROSE)
+    with pytest.raises(InvalidRecipe, match="leave them out"):
+        templora.load(model=MODEL, device="cpu")
+
+
+def test_a_token_that_the_tokenizer_alone_has_leaves_the_session_as_it_was() -> None:
+    tokenizer = ByteTokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    made = templora.load(model=tiny_llama(), tokenizer=tokenizer).session(seed=1, **FAST)
+    with pytest.raises(InvalidText, match="take its text out"):
+        made.read("In HTML one writes <pad> for padding.")
+    assert made.read(PROSE).scored_tokens > 0
+
+
+def test_one_string_to_stop_at_is_one_string() -> None:
+    whole = text_after(session(), 60)
+    end = whole[len(PROSE) + 20 :][:3]
+    assert text_after(session(), 60, stop=end) == whole[: whole.index(end, len(PROSE)) + 3]
+
+
+def test_with_a_session_it_is_discarded_at_the_end() -> None:
+    with BASE.session(seed=7, **FAST) as made:
+        made.read(PROSE)
+    with pytest.raises(SessionClosed):
+        made.read(PROSE)
+
+
+def test_the_rest_is_scored_after_all_full_chunks() -> None:
+    left, plain = (BASE.session(seed=7, **FAST) for _ in range(2))
+    events = left.reading(PROSE * 2)
+    next(events)
+    events.close()
+    plain.read(PROSE * 2)
+    *_, rest = left.score_rest()
+    assert rest == [*plain.score_rest()][-1]
+    assert torch.equal(left.adapter.flat, plain.adapter.flat)
+
+
+def test_threads_take_turns_on_a_base() -> None:
+    base = templora.load(model=tiny_llama(initializer_range=0.2), tokenizer=ByteTokenizer())
+    before = base.fingerprint()
+
+    def text(seed: int) -> str:
+        with base.session(seed=seed, **FAST) as made:
+            made.read(PROSE)
+            return text_after(made, 60)
+
+    alone = [text(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(text, range(4))) == alone
+    assert base.fingerprint() == before
+
+
+def test_a_failing_processor_costs_no_token() -> None:
+    class Fails(LogitsProcessor):
+        calls = 0
+
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            self.calls += 1
+            if self.calls in (1, 20, 33):
+                raise ValueError("a user's mistake")
+            return scores
+
+    made, plain = session(), session()
+    processors = LogitsProcessorList([Fails()])
+    while (left := 60 + len(plain.ids) - len(made.ids)) > 0:
+        with suppress(ValueError):
+            text_after(made, left, processors=processors)
+    text_after(plain, 60, processors=LogitsProcessorList())
+    assert made.ids == plain.ids
+    assert torch.equal(made.adapter.flat, plain.adapter.flat)

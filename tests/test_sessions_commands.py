@@ -296,3 +296,21 @@ def test_where_there_is_no_session_commands_say_so(here: Path) -> None:
     assert "no folder nowhere" in refused("sessions ls nowhere")
     assert "where you are" in refused("write --session .", "It was dark.")
     assert "the prompt is empty" in refused("write --session new")
+
+
+def test_what_the_disk_refuses_is_said_in_one_line(here: Path, tiny: str) -> None:
+    long = "a" * 300
+    for line in (f"write hi --model {tiny} --session", "sessions ls", "sessions rm --yes"):
+        assert refused(line, long).startswith("error: ")
+    run(f"write --session s --model {tiny} --tokens 20", "It was dark.", *SIZES)
+    assert "no version or note" in refused("sessions fork s copy --to nowhere")
+    assert not Path("copy").exists(), "a copy of no moment"
+    Path("link").symlink_to("s")
+    assert "symbolic link" in refused("sessions rm --yes link")
+
+
+def test_halves_of_characters_are_refused_before_anything_is_written(here: Path, tiny: str) -> None:
+    assert "the prompt is no character" in refused(f"write --model {tiny} --out x.txt", "caf\udce9")
+    Path("p.jsonl").write_text('{"prompt": "\\ud83d dark"}\n', "utf-8")
+    assert "line 1 of p.jsonl" in refused(f"write --prompts p.jsonl --out-dir d --model {tiny}")
+    assert not Path("x.txt").exists() and not Path("d").exists()

@@ -24,27 +24,29 @@ from templora.merging import Fleeting, MergedCopy, can_merge
 from templora.probe import Watch, is_watched
 from templora.recipe import Recipe
 from templora.start import begin
+from templora.turns import turn
 
 WEIGHTS = "adapter_model.safetensors"
 
 
 class Adapter:
-    """A fresh adapter: its output is zero until it has learned something, or what a learned start says.
+    """The adapter of one text. Fresh, it adds nothing, or what a learned start says.
 
     version: 0 when fresh, one more with each update. a, b: all A and all B matrices, flat views of
-    `flat`, which are what an optimiser steps; `gradient` is laid out as `flat`. sites: where it works. start:
-    of the base, for recipes that want it. squares: what it says of the mean squares of the gradients of `a`
-    and of `b`, laid out as they are; None if nothing. layers_b: each layer's B, [out, rank], and its
-    gradient, views as well.
+    `flat`, which are what an optimiser steps; `gradient` is laid out as `flat`. sites: where it works. turn:
+    held while it stands in. start: of the base, for recipes that want it. squares: what it says of the mean
+    squares of the gradients of `a` and of `b`, laid out as they are; None if nothing. layers_b: each layer's
+    B, [out, rank], and its gradient, views as well.
     """
 
     def __init__(
         self, model: PreTrainedModel, recipe: Recipe, seed: int, start: Mapping[str, Tensor] | None = None
     ) -> None:
         self.version = 0
-        self._model = model
+        self._model, self.turn = model, turn(model)
         self.config = injection.config_of(model, recipe)
-        self.sites = injection.inject(model, self.config, seed, head=recipe.head)
+        with self.turn:
+            self.sites = injection.inject(model, self.config, seed, head=recipe.head)
         # Where nothing is learned, nothing is begun: base and adapter are one.
         begins = recipe.start == "learned" and recipe.learning_rate > 0
         known = begin(model, self.sites, (start or {}) if begins else {}, recipe.chunk)
@@ -69,10 +71,11 @@ class Adapter:
     @contextmanager
     def attached(self, *, training: bool = False) -> Generator[None]:
         """The model computes with the adapter, differentiably. training: apply LoRA dropout."""
-        for site in self.sites:
-            site.train(training)
-        with self._standing(self._layers), standing_in(self._mlps, self._lean):
-            yield
+        with self.turn:
+            for site in self.sites:
+                site.train(training)
+            with self._standing(self._layers), standing_in(self._mlps, self._lean):
+                yield
 
     @contextmanager
     def decoding(self, *, once: bool = False) -> Generator[None]:
@@ -102,7 +105,7 @@ class Adapter:
     @contextmanager
     def detached(self) -> Generator[None]:
         """The model computes without the adapter, also inside `attached`."""
-        with standing_in(self.sites, [site.original for site in self.sites]):
+        with self.turn, standing_in(self.sites, [site.original for site in self.sites]):
             yield
 
     def snapshot(self) -> Tensor:
@@ -112,11 +115,11 @@ class Adapter:
     def restore(self, snapshot: Tensor, version: int) -> None:
         """Put weights and version back, bit for bit."""
         self.flat.copy_(snapshot)
-        self._is_at(version)
+        self._set_version(version)
 
     def updated(self) -> None:
         """Note that the weights have changed: a new version."""
-        self._is_at(self.version + 1)
+        self._set_version(self.version + 1)
 
     @torch.no_grad()
     def shrink(self, factor: float) -> None:
@@ -140,7 +143,7 @@ class Adapter:
         Raises:
             OutputError: the folder cannot be written.
         """
-        with standing_in(self.sites, [site.lora for site in self.sites]):
+        with self.turn, standing_in(self.sites, [site.lora for site in self.sites]):
             tensors = injection.weights(self._model, self.config)
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -159,7 +162,7 @@ class Adapter:
         for name, site in injection.named(self._model, self.sites):
             site.a.copy_(stored[f"{name}.lora_A.weight"])
             site.b.copy_(stored[f"{name}.lora_B.weight"])
-        self._is_at(version)
+        self._set_version(version)
 
     def discard(self) -> None:
         """Let go of all its tensors; the model keeps no trace of it."""
@@ -176,10 +179,10 @@ class Adapter:
         if self._watched():
             pairs = zip(self.sites, layers, strict=True)
             layers = [site.lora if is_watched(site.original) else layer for site, layer in pairs]
-        with standing_in(self.sites, layers):
+        with self.turn, standing_in(self.sites, layers):
             yield
 
-    def _is_at(self, version: int) -> None:
+    def _set_version(self, version: int) -> None:
         """The weights have changed, and are that version now."""
         self.version = version
         if self._merged is not None:

@@ -18,9 +18,10 @@ from transformers.cache_utils import Cache
 from templora import array_step, kernels, lean_attention, loading, start
 from templora.cache import WindowCache
 from templora.cross_entropy import linear_nll, logits_nll
-from templora.errors import InvalidRecipe
+from templora.errors import InvalidRecipe, InvalidText, TemploraError
 from templora.probe import Probe, Watch, probe
 from templora.rotary import Rotary, rotary_of
+from templora.turns import turn
 
 # What configs call it: nearly all of them, MPT, BLOOM.
 POSITIONS = ("max_position_embeddings", "max_seq_len", "seq_length")
@@ -40,8 +41,9 @@ class Base:
         self.model, self.name = model.eval(), name or model.config.name_or_path or ""
         model.requires_grad_(False)
         self.start = start.read(model.config.name_or_path or "")
-        self._tokenizer = tokenizer
-        self._probe: Probe = probe(model)
+        self._tokenizer, self._turn = tokenizer, turn(model)
+        with self._turn:
+            self._probe: Probe = probe(model)
         self._step, self._watched = array_step.step_of(model), Watch(model.modules())
         text = model.config.get_text_config()
         self.positions: int | None = next((n for key in POSITIONS if (n := getattr(text, key, None))), None)
@@ -53,8 +55,13 @@ class Base:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer; a base made from a bare model has none and works with token ids only."""
-        assert self._tokenizer is not None, "this base was made without a tokenizer"
+        """The tokenizer.
+
+        Raises:
+            InvalidText: a base made from a bare model has none; it works with token ids only.
+        """
+        if self._tokenizer is None:
+            raise InvalidText("this base has no tokenizer; load it with tokenizer=…, or extend by ids")
         return self._tokenizer
 
     @property
@@ -104,6 +111,27 @@ class Base:
             return session.Session(self, recipe, seed=seed, **overrides)
         return durable.create(self, dir, recipe, seed, budget, **overrides)
 
+    def check(self, ids: Sequence[int]) -> None:
+        """See that it has all these tokens.
+
+        Raises:
+            InvalidText: it has not, such as one that was added to the tokenizer alone.
+        """
+        strange = next((token for token in ids if not 0 <= token < self.vocabulary), None)
+        if strange is not None:
+            raise InvalidText(f"token {strange} is none of this base's {self.vocabulary}; take its text out")
+
+    def refuse_modes(self) -> None:
+        """See that learning can work where the caller is.
+
+        Raises:
+            TemploraError: inside torch's inference mode or autocast.
+        """
+        if torch.is_inference_mode_enabled():
+            raise TemploraError("nothing can be learned inside torch.inference_mode(); use no_grad instead")
+        if torch.is_autocast_enabled(self.device.type):
+            raise TemploraError("an adapter learns in fp32; leave torch.autocast()")
+
     def describe(self) -> dict[str, Any]:
         """What makes it this base and no other, as plain values; computed anew each time."""
         parameters = list(self.model.parameters())
@@ -119,9 +147,13 @@ class Base:
         }
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens."""
+        """Token ids of a text, without special tokens.
+
+        Raises:
+            InvalidText: it holds halves of characters.
+        """
         # verbose: that a novel is longer than the positions is no news here.
-        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)  # pyright: ignore[reportReturnType]
+        return self.tokenizer.encode(InvalidText.check(text), add_special_tokens=False, verbose=False)  # pyright: ignore[reportReturnType]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""
@@ -156,9 +188,9 @@ class Base:
         """
         short = self._step if len(ids) == 1 and not self._watched() else None
         if short and isinstance(cache, WindowCache) and cache.layers:
-            with torch.no_grad():
+            with self._turn, torch.no_grad():
                 return short(ids[0], position, cache)
-        with torch.no_grad(), kernels.fast(len(ids), device=self.device):
+        with self._turn, torch.no_grad(), kernels.fast(len(ids), device=self.device):
             if self._probe.plain_head:
                 return self.head(self._hidden(ids, position, cache)[-1:])[0]
             return self._logits(ids, position, cache, keep=1)[0]
@@ -178,13 +210,14 @@ class Base:
         Returns:
             What the head is given, [texts, tokens, width].
         """
-        output = self._probe.backbone(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-        )
+        with self._turn:
+            output = self._probe.backbone(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+            )
         return output.last_hidden_state
 
     def nll(
@@ -203,7 +236,8 @@ class Base:
         """
         target = torch.tensor(labels, device=self.device)
         rows = len(ids)
-        with lean_attention.lean(rows, self.model), kernels.fast(rows, device=self.device):
+        fast = kernels.fast(rows, device=self.device)
+        with self._turn, lean_attention.lean(rows, self.model), fast:
             if self._probe.plain_head:
                 hidden = self._hidden(ids, position, cache)[-len(labels) :]
                 return linear_nll(hidden, self.head, target)
@@ -268,8 +302,11 @@ def load(
 
     Raises:
         ModelNotFound: nothing of that name, or unreadable. UnsupportedModel: it cannot carry an adapter.
+        InvalidRecipe: a loaded model, and a dtype or device as well.
     """
     if model is not None:
+        if dtype is not None or device is not None:
+            raise InvalidRecipe("a loaded model has its dtype and device; leave them out, or use model.to(…)")
         return Base(model, tokenizer, name or "")
     loaded, found = loading.load_pretrained(name or loading.EMBEDDED, dtype, device)
     return Base(loaded, tokenizer or found, name or loading.EMBEDDED)

@@ -2,7 +2,7 @@
 
 In a `WindowCache` the place in the buffer is the position id, so positions never pass the capacity; what is
 kept moves only when they run out. It speaks transformers' `Cache` protocol, so any model that uses
-that protocol works unchanged. It does not know who made the keys: it only carries their version.
+that protocol works unchanged. It does not know who made the keys.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -110,15 +110,13 @@ class PrefixLayer(_Layer):
 class WindowCache(Cache):
     """The visible window of one text.
 
-    origin: index in the text of the token at position 0. version: of the adapter that made the keys;
-    under cache reuse the newest one that did.
+    origin: index in the text of the token at position 0.
     """
 
     def __init__(self, capacity: int) -> None:
         super().__init__(layer_class_to_replicate=partial(WindowLayer, capacity))  # pyright: ignore[reportArgumentType]
         self.capacity = capacity
         self.origin = 0
-        self.version: int | None = None
 
     @property
     def _first_layer(self) -> WindowLayer | None:
@@ -136,7 +134,7 @@ class WindowCache(Cache):
 
     def restart(self, origin: int) -> None:
         """Forget everything; the next token comes from index `origin` and gets position 0."""
-        self.origin, self.version = origin, None
+        self.origin = origin
         for layer in self.layers:
             assert isinstance(layer, WindowLayer)
             layer.first = layer.stop = 0
@@ -170,11 +168,11 @@ class WindowCache(Cache):
     def state(self) -> dict[str, Any]:
         """Everything in it, copied: plain values and tensors."""
         layers = [_state_of(layer) for layer in self.layers]
-        return {"origin": self.origin, "version": self.version, "layers": layers}
+        return {"origin": self.origin, "layers": layers}
 
     def load_state(self, state: dict[str, Any], device: torch.device) -> None:
         """Continue, on that device, from what `state` returned."""
-        self.origin, self.version = state["origin"], state["version"]
+        self.origin = state["origin"]
         self.layers.clear()
         for stored in state["layers"]:
             layer = WindowLayer(self.capacity)

@@ -5,12 +5,16 @@ Same values and gradients as a linear head followed by cross-entropy in fp32.
 the NLL of each token is needed.
 """
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
+
+from templora import kernels
 
 PIECE = 128  # tokens: at a vocabulary of 128K, 67 MB of fp32 logits; at 32K malloc can still keep them
 LARGEST_KEPT = 4  # pieces of several texts whose logits are kept for the backward pass, not made again
@@ -37,7 +41,7 @@ def linear_nll(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
     pieces = list(zip(hidden.split(PIECE), labels.split(PIECE), strict=True))
     if torch.is_grad_enabled() and len(pieces) > 1:
         # A head that learns needs all logits for its own gradient: of one piece at a time, made again.
-        return torch.cat([checkpoint(nll, h, y, use_reentrant=False) for h, y in pieces])  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return torch.cat([_made_again(nll, h, y) for h, y in pieces])
     return torch.cat([nll(h, y) for h, y in pieces])
 
 
@@ -60,7 +64,7 @@ def texts_nll(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
     size = max(1, PIECE // len(hidden))  # tokens of each text
     pieces = list(zip(hidden.split(size, 1), labels.split(size, 1), strict=True))
     if torch.is_grad_enabled() and len(pieces) > LARGEST_KEPT:
-        return torch.cat([checkpoint(nll, h, y, use_reentrant=False) for h, y in pieces], 1)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return torch.cat([_made_again(nll, h, y) for h, y in pieces], 1)
     return torch.cat([nll(h, y) for h, y in pieces], 1)
 
 
@@ -68,6 +72,16 @@ def logits_nll(logits: Tensor, labels: Tensor) -> Tensor:
     """NLL of each label in nats, fp32, from [tokens, vocab]: cast to fp32 a piece at a time."""
     pieces = zip(logits.split(PIECE), labels.split(PIECE), strict=True)
     return torch.cat([cross_entropy(piece.float(), y, reduction="none") for piece, y in pieces])
+
+
+def _made_again(nll: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, labels: Tensor) -> Tensor:
+    """`nll`, whose logits are not kept for the backward pass but made again, by the same kernels.
+
+    That pass runs after `kernels.fast` was left; other kernels would keep other tensors than were promised.
+    """
+    fast = kernels.is_fast()
+    again = lambda: (nullcontext(), kernels.Fast() if fast else nullcontext())  # noqa: E731
+    return checkpoint(nll, hidden, labels, use_reentrant=False, context_fn=again)  # pyright: ignore[reportReturnType, reportCallIssue]
 
 
 class _LinearNLL(torch.autograd.Function):

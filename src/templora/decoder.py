@@ -1,14 +1,14 @@
 """The visible window as the model sees it: what is cached, what must be run, under which adapter.
 
-Python ints in and out; it knows nothing of text. Before each chunk the keys of the window are made what the
-recipe wants: recomputed (every visible token runs again under the newest adapter), reused (old keys stay,
-but nothing older than the window is visible), or the base's own (the finished chunk runs again under the bare
-base, so that no key is ever stale). Where positions run out, keys that stay move to the front; with a base
-that does not allow that, the window runs again.
+Token ids in, logits and keys out; it knows nothing of text. Before each chunk the keys of the window are made
+what the recipe wants: recomputed (every visible token runs again under the newest adapter), reused (old keys
+stay, but nothing older than the window is visible), or the base's own (the finished chunk runs again under
+the bare base, so that no key is ever stale). Where positions run out, keys that stay move to the front; with
+a base that does not allow that, the window runs again.
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -30,6 +30,7 @@ class Decoder:
         self.base_encodes = keys == "base" and adapter is not None
         self.cache = WindowCache(plan.room if self.stays else plan.window + plan.chunk)
         self.chunk: int | None = None  # whose window is cached
+        self._before = 0  # what was cached before the last `logits`
 
     def state(self) -> dict[str, Any]:
         """What a resumed text needs to continue bit for bit."""
@@ -51,7 +52,17 @@ class Decoder:
         """
         self._enter(ids, span)
         self.cache.crop(len(ids) - 1)  # the last token must run for its logits
+        self._before = self.cache.stop
         return self._run(ids, len(ids), self.adapter)
+
+    @contextmanager
+    def taking_back(self) -> Generator[None]:
+        """If what runs inside fails, the last `logits` were not: asked again, the same pass runs again."""
+        try:
+            yield
+        except BaseException:
+            self.cache.crop(self._before)
+            raise
 
     def prefix(self, ids: Sequence[int], span: Span, context: int) -> tuple[Cache, int]:
         """The `context` tokens before the chunk as a frozen cache, and the next position.
@@ -95,6 +106,4 @@ class Decoder:
     def _run(self, ids: Sequence[int], stop: int, adapter: Adapter | None, *, once: bool = False) -> Tensor:
         cache = self.cache
         with cache.all_or_nothing(), adapter.decoding(once=once) if adapter else nullcontext():
-            logits = self.base.last_logits(ids[cache.stop : stop], cache.stop - cache.origin, cache)
-        cache.version = adapter.version if adapter else 0
-        return logits
+            return self.base.last_logits(ids[cache.stop : stop], cache.stop - cache.origin, cache)

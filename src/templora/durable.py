@@ -4,9 +4,9 @@ Any earlier moment can be computed again, bit for bit: load the nearest saved ve
 came after it in the same way, pass by pass, with the tokens that were drawn then.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -14,12 +14,12 @@ from templora import header, snapshot
 from templora.base import Base, load
 from templora.errors import OutputError, SessionClosed, TemploraError, WrongBase
 from templora.events import ChunkScored, Event, Warned
-from templora.metrics import Tally, count
+from templora.metrics import Reading, Tally, count
 from templora.pen import Pen
 from templora.recipe import Recipe
 from templora.replay import Replay
 from templora.sampling import Sampler
-from templora.session import Reading, Session
+from templora.session import Session
 from templora.sizes import sizes
 from templora.store import BUDGET, Store
 from templora.versions import Pace, Version
@@ -36,6 +36,7 @@ class DurableSession(Session):
 
     def __init__(self, base: Base, store: Store, announced: Sequence[Event] = ()) -> None:
         self.store = store
+        self._moving = True  # to the moment that the history says, and not there yet
         super().__init__(base, header.recipe_of(store.header), seed=store.header["seed"])
         self.save_every: int | None = None
         self._pace = Pace()
@@ -43,9 +44,6 @@ class DurableSession(Session):
         self._fresh = True
         self._to_announce = [*announced, *(Warned("mended", warning) for warning in store.warnings)]
         self._restore()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -61,16 +59,12 @@ class DurableSession(Session):
         return self.store.versions.all()
 
     def undo(self, chunks: int = 1) -> None:
-        """Take back the last chunks of the text and what was learned from them.
-
-        An unfinished chunk counts as one.
+        """Take back the last chunks, an unfinished one counting as one, and what was learned from them.
 
         Raises:
             NoSuchMoment: there are not so many.
         """
-        self._check_open()
-        self.store.undo(chunks)
-        self._restore()
+        self._move(lambda: self.store.undo(chunks))
 
     def redo(self) -> None:
         """Take back the last `undo`: text, adapter and random state are what they were, bit for bit.
@@ -78,9 +72,7 @@ class DurableSession(Session):
         Raises:
             NoSuchMoment: nothing was undone, or something was written since.
         """
-        self._check_open()
-        self.store.redo()
-        self._restore()
+        self._move(self.store.redo)
 
     def rewind(self, to: int | str) -> None:
         """Go back to a number of tokens, or to a version ("v12") or a note, on whatever branch it is.
@@ -88,9 +80,7 @@ class DurableSession(Session):
         Raises:
             NoSuchMoment: there is none.
         """
-        self._check_open()
-        self.store.rewind(to)
-        self._restore()
+        self._move(lambda: self.store.rewind(to))
 
     def fork(self, dir: str | Path) -> "DurableSession":
         """The same session once more, in another folder; from here on each goes its own way.
@@ -116,12 +106,10 @@ class DurableSession(Session):
     def editing(self, start: int, end: int, text: str, *, score_base: bool = False) -> Iterator[Event]:
         """`edit`, as a generator of `ChunkScored` and `ChunkLearned` events."""
         self._check_open()
-        prefix = self.base.prefix_ids if self.base.has_tokenizer else []
         if not self.ids:
-            self._give(prefix, "")
+            self._give(self._prefix, "")
         encoded = lambda new: (ids := self.base.encode(new), sizes(self.base, ids, new))  # noqa: E731
-        self.store.edit(start, end, text, encoded=encoded, least=len(prefix))
-        self._restore()
+        self._move(lambda: self.store.edit(start, end, text, encoded=encoded, least=len(self._prefix)))
         yield from self.learning(score_base=score_base)
 
     def note(self, name: str) -> Version:
@@ -155,7 +143,7 @@ class DurableSession(Session):
             return
         try:
             # What was learned and could not be written down is no part of the session.
-            written_down = self.chunk == len(self.store.history.learned)
+            written_down = self.chunk == len(self.store.history.learned) and not self._moving
             if written_down and (self.chunk, len(self.ids)) != self._saved:
                 self._save()
         except OutputError:
@@ -237,26 +225,34 @@ class DurableSession(Session):
 
     # Computing an earlier moment again.
 
+    def _move(self, there: Callable[[], None]) -> None:
+        """Go to another moment. Interrupted, it is done again by whatever needs the session next."""
+        self._check_open()
+        self._moving = True
+        try:
+            there()
+        except TemploraError:  # refused: everything is where it was
+            self._moving = False
+            raise
+        self._restore()
+
     def _restore(self) -> None:
         """Make everything what it was at this point of the history."""
         history = self.store.history
         self.ids, self._text = history.ids, history.text
-        if (version := self._load_newest()) is None:
-            self._make_fresh()
+        if not self._fresh:
+            self._start_afresh()
+        self._fresh = False
+        version = self._load_newest()
         start = version.tokens if version else 0
         self._saved = (self.chunk, start)
         self.chunk, exact = Replay(history, self.plan, self.study).run(start, self.chunk)
         self.sampler = Sampler(history.seed, history.drawn)
         if not exact:
-            software = header.changes(self.store.header)
-            was = f"this machine does not compute bit for bit what wrote {self.dir}{software}"
-            message = f"{was}; the text is as it was, but may go on otherwise"
-            self._to_announce.append(Warned("inexact", message))
-
-    def _make_fresh(self) -> None:
-        if not self._fresh:
-            self._start_afresh()
-        self._fresh = False
+            wrote = f"{self.dir}{header.changes(self.store.header)}"
+            message = f"this machine does not compute bit for bit what wrote {wrote}; the text is as it was"
+            self._to_announce.append(Warned("inexact", f"{message}, but may go on otherwise"))
+        self._moving, self._moves = False, self._moves + 1
 
     def _load_newest(self) -> Version | None:
         """The newest version on the way to this moment, into adapter, optimiser, guard and caches."""
@@ -265,7 +261,6 @@ class DurableSession(Session):
                 message = f"version {version.name} of {self.dir} is damaged; an earlier one took its place"
                 self._to_announce.append(Warned("damaged", message))
                 continue
-            self._make_fresh()
             snapshot.read(self.store.versions.path(version.number), self.study, version.adapter)
             self.chunk = version.chunk
             return version
@@ -275,6 +270,9 @@ class DurableSession(Session):
         if self._closed:
             raise SessionClosed(f"the session in {self.dir} was closed; go on with templora.resume")
         super()._check_open()
+        if self._moving:
+            self.store.reread()
+            self._restore()
 
     def _let_go(self) -> None:
         self.adapter.discard()

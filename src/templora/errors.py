@@ -27,6 +27,20 @@ class ModelNotFound(TemploraError):
 class InvalidText(TemploraError):
     """A text that cannot be used: empty, not text, or not readable."""
 
+    @classmethod
+    def check(cls, text: str, what: str = "the text") -> str:
+        """The same text, if it is one: without halves of characters.
+
+        Those come from a command line that is not UTF-8, and from JSON's escapes.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise cls(
+                f"character {error.start + 1} of {what} is no character ({text[error.start]!a}); give UTF-8"
+            ) from error
+        return text
+
 
 class OutOfMemory(TemploraError):
     """The machine or the GPU ran out of memory at the chosen sizes."""
@@ -70,7 +84,3 @@ class MissingExtra(TemploraError):
 
 class InvalidTemplate(TemploraError):
     """A prompt template that does not exist or cannot be used with this base."""
-
-
-class InvalidLanguage(TemploraError):
-    """A language that is needed and not named, or not known."""

@@ -94,10 +94,12 @@ class History:
 
     def give(self, ids: Sequence[int], text: str, sizes: Sequence[int], kind: int = GIVEN) -> None:
         """Append tokens. sizes: how many characters of `text` each of them completes."""
-        end = self.ends[-1] if self.ends else 0
+        end = self.ends[-1] if self.ends else self.text.tell()
         for size in sizes:
             end += size
             self.ends.append(end)
+        if not ids and self.ends:  # text that makes no token, such as spaces: the last one ends with it
+            self.ends[-1] += len(text)
         self.ids.extend(ids)
         self.kinds.extend(bytes((kind,)) * len(ids))
         self.draws.extend([self.drawn] * len(ids))
@@ -107,7 +109,7 @@ class History:
         """Append a token that the model wrote, the sampler having drawn so often."""
         self.ids.append(token)
         self.kinds.append(OWN)
-        self.ends.append((self.ends[-1] if self.ends else 0) + len(text))
+        self.ends.append((self.ends[-1] if self.ends else self.text.tell()) + len(text))
         self.draws.append(draws)
         self.text.write(text)
         self.drawn = draws

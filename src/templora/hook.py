@@ -39,7 +39,7 @@ def generate(
     recipe: str | Path | Recipe = "default",
     recipe_overrides: dict[str, Any] | None = None,
     seed: int | None = None,
-    **_: Any,
+    **model_inputs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """A decoding method for `GenerationMixin.generate` that learns while it writes.
 
@@ -48,6 +48,7 @@ def generate(
         recipe, recipe_overrides: as for `Base.session`.
         seed: of adapter and sampling; by default drawn from torch's generator, so that
             `torch.manual_seed` decides, as it does elsewhere in transformers.
+        model_inputs: what `attention_mask`, [1, tokens], leaves out, such as padding, is no part of the text.
 
     Returns:
         [1, tokens + written], or transformers' output class if `return_dict_in_generate` is set.
@@ -55,13 +56,17 @@ def generate(
     _refuse(input_ids, generation_config)
     streamer = streamer or _callers_streamer()
     seed = int(torch.randint(2**31, ())) if seed is None else seed
-    greedy = Sampling(temperature=1.0 if generation_config.do_sample else 0.0)
+    sampling = Sampling(temperature=1.0 if generation_config.do_sample else 0.0)
+    mask: Tensor | None = model_inputs.get("attention_mask")
+    seen = slice(None) if mask is None or mask.ndim != 2 else mask[0].bool()
     with ExitStack() as stack:
         stack.enter_context(_borrowed(model))
+        # The base has the dtype that it was loaded in, and the adapter learns in fp32.
+        stack.enter_context(torch.autocast(model.device.type, enabled=False))
         session = Base(model, None).session(recipe, seed=seed, **(recipe_overrides or {}))
         stack.callback(session.discard)
-        session.extend(input_ids[0].tolist(), "")
-        for event in session.write(ENDLESS, sampling=greedy, processors=logits_processor, score_base=False):
+        session.extend(input_ids[0][seen].tolist(), "")
+        for event in session.write(ENDLESS, sampling=sampling, processors=logits_processor, score_base=False):
             if not isinstance(event, Token):
                 continue
             token = torch.tensor([[event.id]], device=input_ids.device)
@@ -94,7 +99,7 @@ def _borrowed(model: PreTrainedModel) -> Generator[None]:
 def _refuse(input_ids: Tensor, config: GenerationConfig) -> None:
     # First: transformers has already repeated the ids for each beam and sequence.
     if (config.num_beams or 1) > 1 or (config.num_return_sequences or 1) > 1:
-        raise InvalidRecipe("templora.generate samples; set num_beams and num_return_sequences to 1")
+        raise InvalidRecipe("templora.generate writes one text; set num_beams and num_return_sequences to 1")
     if input_ids.shape[0] != 1:
         raise InvalidRecipe("templora.generate writes one text at a time; pass a batch of one")
 

@@ -76,7 +76,7 @@ def config_of(model: PreTrainedModel, recipe: Recipe) -> LoraConfig:
         use_rslora=recipe.rslora,
         target_modules=recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        exclude_modules=_lower_blocks(model, recipe.first_block),
+        exclude_modules="|".join([*_lower_blocks(model, recipe.first_block), *_odd_layers(model)]) or None,
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.config.name_or_path,
     )
@@ -113,6 +113,8 @@ def inject(model: PreTrainedModel, config: LoraConfig, seed: int, *, head: float
             config.fan_in_fan_out = transposed
             for parameter, flag in needed.items():
                 parameter.requires_grad_(flag)
+    if odd := next((site for site in sites if SLOT not in site.lora.lora_A), None):
+        raise _no_layers(model, f"{odd.name} is a {type(odd.original).__name__}")
     if not sites or (head and all(site.original is model.get_output_embeddings() for site in sites)):
         raise _no_layers(model, "the targets name none")
     return sites
@@ -165,17 +167,28 @@ def _no_layers(model: PreTrainedModel, reason: str) -> UnsupportedModel:
     )
 
 
-def _lower_blocks(model: PreTrainedModel, first_block: float) -> str | None:
-    """A pattern for the names of all modules in the blocks below that share; None if there are none."""
+def _odd_layers(model: PreTrainedModel) -> list[str]:
+    """Patterns for the names of what is a linear layer by kind alone: a router that returns a tuple."""
+    return [
+        re.escape(name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and type(module).__module__.startswith("transformers.models.")
+        and type(module).forward is not nn.Linear.forward
+    ]
+
+
+def _lower_blocks(model: PreTrainedModel, first_block: float) -> list[str]:
+    """A pattern for the names of all modules in the blocks below that share; none if there are none."""
     blocks = next(
         ((name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0), None
     )
     if first_block == 0 or blocks is None:
-        return None
+        return []
     name, modules = blocks
     lower = round(first_block * len(modules))
     numbers = "|".join(str(number) for number in range(lower))
-    return rf"{re.escape(name)}\.({numbers})\..*" if lower else None
+    return [rf"{re.escape(name)}\.({numbers})\..*"] if lower else []
 
 
 def _leave_out_experts(config: LoraConfig, model: PreTrainedModel) -> None:

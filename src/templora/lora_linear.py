@@ -52,7 +52,7 @@ class _LoraLinear(torch.autograd.Function):
         y.addmm_(inner, b.T, alpha=scale)
         ctx.save_for_backward(x, up, inner, weight, a, b)
         ctx.scale = scale
-        return y.view(*x.shape[:-1], -1)
+        return _shaped(y, x)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -83,7 +83,7 @@ class _FastLoraLinear(torch.autograd.Function):
             y += bias
         ctx.save_for_backward(x, up, inner, weight, a, b)
         ctx.scale = scale
-        return y.view(*x.shape[:-1], -1)
+        return _shaped(y, x)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -97,6 +97,11 @@ class _FastLoraLinear(torch.autograd.Function):
             x_slope = product(inner_slope, a.T, product(slope, weight.T))
             x_slope, up_slope = _through_gate(x_slope.view(x.shape), x, up)
         return x_slope, up_slope, None, None, a_slope, b_slope, None
+
+
+def _shaped(y: Tensor, x: Tensor) -> Tensor:
+    """[rows, out] as […, out], like x. No view: some models add to what a layer gives them, in place."""
+    return y.resize_(*x.shape[:-1], y.shape[-1])
 
 
 def _rows(x: Tensor, up: Tensor | None) -> Tensor:

@@ -34,6 +34,19 @@ class Tally:
         return self.nll / math.log(2) / self.bytes if self.bytes else None
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What reading a text came to. Perplexities are None where no chunk was full.
+
+    tokens: of what was read; after an edit, of the whole text.
+    """
+
+    tokens: int
+    scored_tokens: int
+    base_perplexity: float | None
+    adapted_perplexity: float | None
+
+
 def perplexity(nll: float, tokens: int) -> float:
     """exp(nll / tokens), nll in nats and summed; infinite where it exceeds a float."""
     try:

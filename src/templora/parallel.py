@@ -123,6 +123,8 @@ class ParallelSession(Session):
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state` returned."""
         self._check_open()
+        if "writer" not in state:
+            raise TemploraError("that is the state of a session that learns in turn; leave out parallel=True")
         self._drop()
         super().load_state(state)
         writer = state["writer"]

@@ -8,6 +8,7 @@ from transformers import LogitsProcessorList
 
 from templora.base import Base
 from templora.detokenizer import Detokenizer
+from templora.errors import InvalidText
 from templora.events import End, Event
 from templora.metrics import Tally, count
 from templora.sampling import Sampling
@@ -23,6 +24,28 @@ class Wishes:
     stop: tuple[str, ...] = ()
     stop_at_eos: bool = False
     score_base: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        tokens: int,
+        sampling: Sampling,
+        processors: LogitsProcessorList | None,
+        stop: str | Sequence[str],
+        stop_at_eos: bool,
+        score_base: bool,
+    ) -> "Wishes":
+        """The same, checked.
+
+        Raises:
+            InvalidText: a number below 0, or nothing to stop at.
+        """
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if tokens < 0:
+            raise InvalidText(f"cannot write {tokens} tokens; give a number of 0 or more")
+        if "" in stops:
+            raise InvalidText("a string to stop at is empty, and would end every text; leave it out")
+        return cls(tokens, sampling, processors, stops, stop_at_eos, score_base)
 
 
 @dataclass(slots=True)
@@ -51,13 +74,18 @@ class Pen:
             if wishes.processors is None
             else wishes.processors
         )
-        self._detokenizer = Detokenizer(base.tokenizer, self.ids) if base.has_tokenizer else None
+        self.follow(self.ids)
         self._longest = max(map(len, wishes.stop), default=0)
 
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken."""
         return self.wishes.sampling.temperature == 0
+
+    def follow(self, ids: Sequence[int]) -> None:
+        """The text has become another one, as by an undo: go on after these ids."""
+        self.ids = ids
+        self._detokenizer = Detokenizer(self.base.tokenizer, ids) if self.base.has_tokenizer else None
 
     def shown(self, visible: int) -> Sequence[int]:
         """The ids that processors are given, of which those from that index on are visible.

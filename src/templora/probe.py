@@ -85,7 +85,8 @@ def _try(model: PreTrainedModel, head: nn.Module, kind: str) -> bool:
         raise UnsupportedModel(f"{kind} keeps no keys and values; choose a transformer")
     if not _close(torch.cat((before, after)), whole, 0.05):
         raise UnsupportedModel(f"{kind} does not continue from its cache as it does in one pass")
-    return torch.equal(head(model.base_model(ids, use_cache=False).last_hidden_state)[0], whole)
+    hidden = getattr(model.base_model(ids, use_cache=False), "last_hidden_state", None)
+    return hidden is not None and torch.equal(head(hidden)[0], whole)
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:

@@ -135,6 +135,14 @@ def fitted(recipe: Recipe, positions: int | None) -> tuple[Plan, Recipe]:
     return plan, recipe.model_copy(update={name: getattr(plan, name) for name in SIZES})
 
 
+def refitted(wished: Recipe, fits: Recipe) -> str:
+    """The sizes that had to change for a base, such as "window 4096 → 1792"; "" where none had to."""
+    # A context that follows a smaller window is what was asked for, and no news.
+    free, _ = fitted(wished, None)
+    changed = [name for name in sorted(SIZES) if getattr(fits, name) != getattr(free, name)]
+    return ", ".join(f"{name} {getattr(wished, name)} → {getattr(fits, name)}" for name in changed)
+
+
 def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:
     """`["epochs=2", "clip=null"]` as values; the right-hand sides are YAML."""
     values: dict[str, Any] = {}

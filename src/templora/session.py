@@ -7,23 +7,23 @@ taken up again later with the same result.
 import io
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from transformers import LogitsProcessorList
 
 from templora.adapter import Adapter
 from templora.base import Base
-from templora.errors import InvalidRecipe, InvalidText, NeedsFolder, SessionClosed, TemploraError
+from templora.errors import InvalidRecipe, InvalidText, NeedsFolder, SessionClosed
 from templora.events import ChunkScored, ChunkWritten, Event, Token, Warned
 from templora.learner import Learner
 from templora.memory import fits_in_memory
-from templora.metrics import Tally, count
+from templora.metrics import Reading, Tally, count
 from templora.passes import Passes
 from templora.pen import Pen, Wishes
-from templora.recipe import SIZES, Recipe, fitted
+from templora.recipe import Recipe, fitted, refitted
 from templora.recipe import load as load_recipe
 from templora.sampling import Sampler, Sampling
 from templora.study import Study
@@ -36,20 +36,11 @@ if TYPE_CHECKING:
 ON_DISK = ("undo", "redo", "rewind", "fork", "edit", "editing", "note", "reseed", "close", "versions")
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """What reading a text came to. Perplexities are None where no chunk was full."""
-
-    tokens: int
-    scored_tokens: int
-    base_perplexity: float | None
-    adapted_perplexity: float | None
-
-
 class Session:
     """A text with its adapter, optimiser and random state on one base.
 
-    Make one with `Base.session`. ids: the tokens of the text, after what the base puts before any text.
+    Make one with `Base.session`. ids: what the base puts before any text (BOS, where it has one), then the
+    tokens of the text. `with` it is discarded at the end.
     """
 
     def __init__(
@@ -60,6 +51,7 @@ class Session:
         seed: int = 0,
         **overrides: Any,
     ) -> None:
+        base.refuse_modes()
         if not -(2**63) <= seed < 2**63:
             raise InvalidRecipe(f"seed {seed} is too large; choose one of up to 18 digits")
         self.base, self.seed = base, seed
@@ -69,6 +61,7 @@ class Session:
         self.ids: list[int] = []
         self._text = io.StringIO()
         self._closed = False
+        self._moves = 0  # how often the text has become another one
         self._to_announce = self._fitting(wished)
 
     def _start_afresh(self) -> None:
@@ -83,6 +76,12 @@ class Session:
         self.chunk = 0
         self._written = 0  # tokens of the current chunk that the model wrote itself
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.discard()
+
     @property
     def text(self) -> str:
         """All text so far, given and written."""
@@ -95,9 +94,9 @@ class Session:
             score_base: also score each chunk under the bare base, for comparison.
 
         Raises:
-            InvalidText: it is empty. OutOfMemory: the sizes are too large for this machine.
+            InvalidText: it is empty, or no text. OutOfMemory: the sizes are too large for this machine.
         """
-        before, base, adapted = len(self.ids), Tally(), Tally()
+        before, base, adapted = max(len(self.ids), len(self._prefix)), Tally(), Tally()
         for event in self.reading(text, score_base=score_base):
             count(event, base, adapted)
         tokens = len(self.ids) - before
@@ -118,7 +117,7 @@ class Session:
 
     def score_rest(self, *, score_base: bool = False) -> Iterator[Event]:
         """Score what does not fill a chunk, without learning it: the end of a text."""
-        self._check_open()
+        yield from self._finish_full_chunks(score_base)
         full = self.plan.span(self.chunk)
         span = replace(full, stop=min(full.stop, len(self.ids)))
         if span.tokens < 1:
@@ -132,8 +131,8 @@ class Session:
 
     def extend(self, ids: Sequence[int], text: str) -> None:
         """Append given tokens and their text without learning yet; any loop learns them first."""
-        prefix = self.base.prefix_ids if not self.ids and self.base.has_tokenizer else []
-        self._give([*prefix, *ids], text)
+        self.base.check(ids)
+        self._give([*([] if self.ids else self._prefix), *ids], text)
 
     def write(
         self,
@@ -161,21 +160,19 @@ class Session:
             `Token`, `ChunkWritten`, `ChunkScored`, `ChunkLearned`, `Warned`, and one `End`.
         """
         self._check_open()
-        if not self.ids and not (self.base.has_tokenizer and self.base.prefix_ids):
+        if not self.ids and not self._prefix:
             raise InvalidText("the prompt is empty and this base has no start token; give a prompt")
-        if tokens < 0:
-            raise InvalidText(f"cannot write {tokens} tokens; give a number of 0 or more")
         if sampling is not None and sampling_wishes:
             raise InvalidRecipe(
                 f"sampling and {', '.join(sampling_wishes)} were both given; give one of them"
             )
         draw = sampling or Sampling.of(self.base.model.generation_config, **sampling_wishes)
-        return self._write(Wishes(tokens, draw, processors, tuple(stop), stop_at_eos, score_base))
+        return self._write(Wishes.of(tokens, draw, processors, stop, stop_at_eos, score_base))
 
     def _write(self, wishes: Wishes) -> Iterator[Event]:
         if not self.ids:
-            self._give(self.base.prefix_ids, "")
-        pen, clock = Pen(self.base, wishes, self.ids), time.perf_counter()
+            self._give(self._prefix, "")
+        pen, clock, moves = Pen(self.base, wishes, self.ids), time.perf_counter(), self._moves
         yield from self._announcements()
         while True:
             for event in self._finish_full_chunks(wishes.score_base, clock):
@@ -184,6 +181,9 @@ class Session:
                 clock = time.perf_counter()
             if pen.done:
                 break
+            if moves != self._moves:
+                pen.follow(self.ids)
+                moves = self._moves
             token = self._next_token(pen)
             piece = pen.take(token)
             if piece is None:
@@ -224,6 +224,7 @@ class Session:
         """Continue from what `state` returned."""
         self._check_open()
         self.ids, self.chunk, self._written = list(state["ids"]), state["chunk"], state["written"]
+        self._moves += 1
         self._text = io.StringIO()
         self._text.write(state["text"])
         self.sampler = Sampler(*state["sampler"])
@@ -233,6 +234,11 @@ class Session:
         """Throw the adapter away. The text stays readable; the base is bit for bit what was loaded."""
         self.adapter.discard()
         self._closed = True
+
+    @property
+    def _prefix(self) -> list[int]:
+        """What the base puts before any text."""
+        return self.base.prefix_ids if self.base.has_tokenizer else []
 
     # What a session that learns while it writes does elsewhere; see `parallel`.
 
@@ -275,7 +281,8 @@ class Session:
         span = self.plan.span(self.chunk)
         with fits_in_memory(self.plan):
             logits = self.decoder.logits(self.ids, span)
-            return self.sampler.draw(logits, pen.shown(span.visible), pen.processors, greedy=pen.greedy)
+            with self.decoder.taking_back():  # after a processor's own error, or an interrupt
+                return self.sampler.draw(logits, pen.shown(span.visible), pen.processors, greedy=pen.greedy)
 
     def _finish_full_chunks(self, score_base: bool, clock: float | None = None) -> Iterator[Event]:
         clock = time.perf_counter() if clock is None else clock
@@ -304,16 +311,10 @@ class Session:
         yield from announced
 
     def _fitting(self, wished: Recipe) -> list[Event]:
-        # A context that follows a smaller window is what was asked for, and no news.
-        free, _ = fitted(wished, None)
-        changed = [n for n in sorted(SIZES) if getattr(self.recipe, n) != getattr(free, n)]
-        if not changed:
-            return []
-        sizes = ", ".join(f"{n} {getattr(wished, n)} → {getattr(self.recipe, n)}" for n in changed)
-        return [Warned("fitted", f"this base has {self.base.positions} positions: {sizes}")]
+        message = f"this base has {self.base.positions} positions: {(sizes := refitted(wished, self.recipe))}"
+        return [Warned("fitted", message)] if sizes else []
 
     def _check_open(self) -> None:
         if self._closed:
             raise SessionClosed("this session was discarded; make a new one with base.session()")
-        if torch.is_inference_mode_enabled():
-            raise TemploraError("nothing can be learned inside torch.inference_mode(); use no_grad instead")
+        self.base.refuse_modes()

@@ -19,7 +19,7 @@ JOURNAL, VERSIONS, LOCK = "journal.jsonl", "versions", "lock"
 def find(folder: Path) -> list[Path]:
     """Sessions in a folder, and the folder itself if it is one; not deeper."""
     candidates = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
-    return [path for path in candidates if (path / header.NAME).is_file()]
+    return [path for path in candidates if os.access(path, os.X_OK) and (path / header.NAME).is_file()]
 
 
 def look(folder: Path) -> tuple[header.Header, History]:
@@ -103,10 +103,11 @@ def appearing(folder: Path) -> Generator[Path]:
         raise
 
 
-def repair(folder: Path) -> int:
-    """Keep the good beginning of a damaged journal; the whole of it stays in `journal.damaged`.
+def repair(folder: Path) -> tuple[int, Path | None]:
+    """Keep the good beginning of a damaged journal; the whole of it stays beside it.
 
-    Returns how many lines are left.
+    Returns:
+        How many lines are left, and where the damaged file is; None where nothing is damaged.
     """
     path = folder / JOURNAL
     if not path.exists():
@@ -116,13 +117,18 @@ def repair(folder: Path) -> int:
         contents = journal.good(path)
         if not contents.lines:
             raise SessionDamaged(f"not one line of {path} is good; restore a copy")
-        shutil.copyfile(path, folder / "journal.damaged")
-        os.truncate(path, contents.size)
+        whole = None
+        if contents.torn:
+            # Never over an earlier one: what that holds may be all that there is of a text.
+            places = (folder / f"journal.damaged{end}" for end in ("", *(f".{n}" for n in range(2, 1000))))
+            whole = next(place for place in places if not place.exists())
+            shutil.copyfile(path, whole)
+            os.truncate(path, contents.size)
         versions = Versions(folder / VERSIONS)
         for version in versions.all():
             if version.line > len(contents.lines):
                 versions.remove(version.number)
-        return len(contents.lines)
+        return len(contents.lines), whole
     except OSError as error:
         raise OutputError(f"cannot repair {folder}: {error.strerror}; make it writable") from error
     finally:

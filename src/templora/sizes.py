@@ -30,6 +30,8 @@ def _offsets(base: Base, ids: Sequence[int], text: str) -> list[int]:
         return [*[0] * (len(ids) - 1), len(text)]
     found: Any = base.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ends = [min(a[1], b[0]) for a, b in pairwise(found["offset_mapping"])] + [len(text)]
+    if len(ends) > len(ids):  # ids that someone else has made of it
+        return [*[0] * (len(ids) - 1), len(text)]
     # Tokens before the text's own, such as the one that begins a text.
     ends = [0] * (len(ids) - len(ends)) + ends
     return [after - before for before, after in pairwise([0, *ends])]

@@ -37,7 +37,7 @@ class Stack:
     def __init__(self, like: Adapter, size: int) -> None:
         self.adapters: list[Adapter] = []
         # Sites of its own: those of an adapter go when it is discarded.
-        self._sites = [replace(site) for site in like.sites]
+        self._sites, self._turn = [replace(site) for site in like.sites], like.turn
         self.weights = like.flat.new_zeros((size, like.parameters))
         self.gradient = torch.zeros_like(self.weights)
         self._layers: dict[tuple[int, tuple[bool, ...]], list[nn.Module]] = {}
@@ -67,7 +67,7 @@ class Stack:
     def attached(self, tokens: int) -> Generator[None]:
         """The model computes [texts, tokens] with each text's adapter, differentiably."""
         self._shape.texts, self._shape.tokens = self.texts, tokens
-        with standing_in(self._sites, self._modules()):
+        with self._turn, standing_in(self._sites, self._modules()):
             yield
 
     def _modules(self) -> list[nn.Module]:
@@ -147,7 +147,8 @@ class _Stacked(torch.autograd.Function):
         inner = torch.bmm(x, a.transpose(1, 2))  # [texts, tokens, rank]
         rows = x.reshape(-1, x.shape[-1])
         y = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
-        y = y.view(*x.shape[:-1], -1).baddbmm_(inner, b.transpose(1, 2), alpha=scale)
+        y.resize_(*x.shape[:-1], y.shape[-1])  # no view, see `lora_linear`
+        y.baddbmm_(inner, b.transpose(1, 2), alpha=scale)
         ctx.save_for_backward(x, inner, weight, a, b)
         ctx.scale, ctx.gradients = scale, (a.grad, b.grad)
         return y
@@ -172,7 +173,8 @@ class _FastStacked(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
         inner = torch.stack([product(own, down) for own, down in zip(x, a, strict=True)]).mul_(scale)
-        y = product(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)  # [texts, tokens, out]
+        y = product(x.reshape(-1, x.shape[-1]), weight)
+        y.resize_(*x.shape[:-1], y.shape[-1])  # [texts, tokens, out]
         for own, up, out in zip(inner, b, y, strict=True):
             out.copy_(product(own, up, out))
         if bias is not None:

@@ -31,7 +31,7 @@ class Store:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = folder.absolute()  # the program may go to another directory
         if not (folder / header.NAME).exists() and not (folder / JOURNAL).exists():
             raise NotASession(f"{folder} holds no session; begin one with: templora write --session {folder}")
         self.lock = Lock(folder / LOCK)
@@ -105,6 +105,10 @@ class Store:
         self.journal.close()
         self.lock.release()
 
+    def reread(self) -> None:
+        """Let the history be what the journal says, where an interrupt may have come between the two."""
+        self.history, self.redoable = self._replayed(journal.good(self.path).lines)
+
     # What happens to the text. Each is on disk before it is true.
 
     def give(self, ids: Sequence[int], text: str, sizes: Sequence[int]) -> None:
@@ -174,7 +178,8 @@ class Store:
         """
         if not self.redoable:
             raise NoSuchMoment(f"there is nothing to redo in {self.folder}")
-        self._go_to(self.redoable.pop(), redo=True)
+        self._go_to(self.redoable[-1], redo=True)
+        self.redoable.pop()
 
     def rewind(self, to: int | str) -> None:
         """Go to a number of tokens of this text, or to a version ("v12") or note of any branch.
@@ -257,8 +262,11 @@ class Store:
         return version
 
     def _go_to(self, line: int, *, redo: bool = False) -> None:
-        self._note({"op": "at", "line": line, "redo": redo}, keep_redo=redo)
-        self.history, _ = self._replayed(journal.good(self.path).lines)
+        moved = {"op": "at", "line": line, "redo": redo}
+        # First what it comes to: an interrupt must not leave journal and text at different moments.
+        history, _ = self._replayed([*journal.good(self.path).lines, moved])
+        self._note(moved, keep_redo=redo)
+        self.history = history
 
     def _replayed(self, lines: list[dict[str, Any]]) -> tuple[History, list[int]]:
         return replayed(lines, header.plan_of(self.header), self.header["seed"])

@@ -92,8 +92,8 @@ class Study:
     def needs_base(self) -> bool:
         """Whether the guard judges chunks by what the bare base makes of them, asked for or not.
 
-        At each chunk: so a text is learned alike whether its base's score is shown or not, and the base, which
-        runs along, finds its keys in its cache.
+        At each chunk: so a text is learned alike whether its base's score is shown or not, and the base finds
+        its keys in its own cache.
         """
         return self.recipe.guard and self.recipe.learning_rate > 0
 

@@ -83,6 +83,21 @@ def has_read(session: "Session", text: str, after: int | None = None) -> bool:
     return isinstance(session, DurableSession) and session.store.history.was_given(text, after)
 
 
+def unread(session: "Session", text: str) -> str:
+    """What a session has not read yet of a file; on disk it may hold the beginning of it, or all.
+
+    The file may be where the session's own text is saved: that was written or given bit by bit, and it may
+    have grown since.
+    """
+    from templora.durable import DurableSession
+
+    if not isinstance(session, DurableSession) or not (held := session.text):
+        return text
+    if text.startswith(held):
+        return text[len(held) :]
+    return "" if held.endswith(text) or has_read(session, text) else text
+
+
 def _other(folder: Path, wanted: Wanted) -> list[str]:
     """Options that ask for something else than a session was begun with."""
     if not (asked := [name for name in SETTLED if name in wanted.given]):

@@ -165,6 +165,7 @@ def _from_json(line: str, name: str, place: str) -> tuple[str, str]:
     text = entry.get("prompt") if isinstance(entry, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise InvalidText(f'{place} has no prompt; write {{"prompt": "It was a dark night"}}')
+    InvalidText.check(text, place)
     given = entry.get("name")
     return (name if given is None else _file_name(given, place)), text
 

@@ -1,12 +1,13 @@
 """`templora read`: learn books into a session."""
 
+import shlex
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from templora.commands.opening import Wanted, given, has_read, opened
+from templora.commands.opening import Wanted, given, opened, unread
 from templora.commands.options import Context, Device, Dtype, Model, Pairs, RecipeName, Window
 from templora.commands.running import INTERRUPTED, interruptible, one_line_errors, say
 
@@ -56,29 +57,30 @@ def read(
         with opened(session, wanted) as opened_, interruptible() as interrupted:
             for path, each in books:
                 if not interrupted:
-                    _learn(opened_, path, each.text, base, interrupted)
+                    _learn(opened_, session, path, each.text, base, interrupted)
             tokens = len(opened_.ids)
         if interrupted:
             say("interrupted; go on with the same command")
             raise typer.Exit(INTERRUPTED)
-        say(f"{session} holds {tokens:,} tokens; go on with: templora write --session {session}")
+        go_on = f"templora write --session {shlex.quote(str(session))}"
+        say(f"{session} holds {tokens:,} tokens; go on with: {go_on}")
 
 
 def _learn(
-    session: "DurableSession", path: Path, text: str, score_base: bool, interrupted: list[int]
+    session: "DurableSession", folder: Path, path: Path, text: str, score_base: bool, interrupted: list[int]
 ) -> None:
     from templora.events import Warned
     from templora.metrics import Tally, count
     from templora.report import ScoreStatus
 
     events: Iterator[Event]
-    if has_read(session, text):
-        say(f"{path} is in {session.dir} already; learning what is left of it")
+    if not (new := unread(session, text)):
+        say(f"{path} is in {folder} already; learning what is left of it")
         events = session.learning(score_base=score_base)
         goal = len(session.ids)
     else:
-        events = session.reading(text, score_base=score_base)
-        goal = len(session.base.encode(text))
+        events = session.reading(new, score_base=score_base)
+        goal = len(session.base.encode(new))
     base, adapted, started = Tally(), Tally(), perf_counter()
     with ScoreStatus(path.name, goal) as status:
         for event in events:

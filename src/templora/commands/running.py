@@ -43,6 +43,12 @@ def one_line_errors() -> Generator[None]:
         # The reader of our output has gone; Python would complain again while it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
+    except UnicodeEncodeError as error:
+        say(f"error: {error.encoding} has no {error.object[error.start]!a}; set PYTHONIOENCODING=utf-8")
+        raise typer.Exit(2) from error
+    except OSError as error:  # where nobody foresaw it: a name that is too long, a folder with no entry
+        say(f"error: cannot use {error.filename or 'a file'}: {error.strerror}; choose another")
+        raise typer.Exit(2) from error
 
 
 @contextmanager

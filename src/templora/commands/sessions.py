@@ -161,7 +161,11 @@ def fork(
             store.close()
     with _opened(new) as copy:
         if to is not None:
-            copy.rewind(int(to) if to.isdecimal() else to)
+            try:
+                copy.rewind(int(to) if to.isdecimal() else to)
+            except TemploraError:
+                shutil.rmtree(new)  # it was to be that moment's copy
+                raise
 
 
 @app.command()
@@ -221,7 +225,8 @@ def rm(
             try:
                 shutil.rmtree(folder)
             except OSError as error:
-                raise OutputError(f"cannot delete {folder}: {error.strerror}; check who may") from error
+                reason = error.strerror or error  # rmtree's own have none
+                raise OutputError(f"cannot delete {folder}: {reason}; check who may") from error
             say(f"{folder} is deleted")
 
 
@@ -231,5 +236,8 @@ def repair(folder: Folder) -> None:
     from templora import shelf
 
     with one_line_errors():
-        lines = shelf.repair(folder)
-        say(f"{lines:,} lines are good and stay; what was there before is in {folder / 'journal.damaged'}")
+        lines, whole = shelf.repair(folder)
+        if whole is None:
+            say(f"all {lines:,} lines are good and stay")
+        else:
+            say(f"{lines:,} lines are good and stay; what was there before is in {whole}")

@@ -21,6 +21,7 @@ from templora.commands.opening import (
     has_read,
     opened,
     repeated,
+    unread,
 )
 from templora.commands.options import Context, Device, Dtype, Model, Pairs, RecipeName, Window
 from templora.commands.prompts import write_all
@@ -169,9 +170,9 @@ class _Job:
         told = self.has_prompt
         for text in (*self.given.values(), self.opening):
             self.came_to.append(text)
-            is_there = told if text is self.opening else has_read(self.session, text)
-            if text and not is_there:
-                yield from self.session.reading(text, score_base=self.wishes["score_base"])
+            new = unread(self.session, text) if text is not self.opening else "" if told else text
+            if new:
+                yield from self.session.reading(new, score_base=self.wishes["score_base"])
         yield from self.session.write(self.tokens, **self.wishes)
 
     @property
@@ -244,6 +245,7 @@ def _opening(prompt: str | None, prompt_file: Path | None, goes_on: bool) -> str
         text = decoded(sys.stdin.buffer.read(), Path("stdin"))
     else:
         text = text_of(prompt_file) if prompt_file is not None else prompt or ""
+    InvalidText.check(text, "the prompt")
     if not text.strip() and not goes_on:
         raise InvalidText('the prompt is empty; say for example: templora write "It was a dark night"')
     return text

@@ -103,7 +103,7 @@ def write_batch(
         InvalidText: a prompt is empty.
     """
     sampling = sampling or Sampling.of(base.model.generation_config)
-    wishes = Wishes(tokens, sampling, None, tuple(stop), stop_at_eos, score_base)
+    wishes = Wishes.of(tokens, sampling, None, stop, stop_at_eos, score_base)
     return _numbered(Batch(base, recipe, size=size, **overrides), prompts, wishes, seed)
 
 
