@@ -21,10 +21,11 @@ ELSEWHERE = {
     "templora translate novel.epub --from fr --to en --out novel.en.epub --model Qwen/Qwen3-4B": (
         "needs a model hub; tests/test_translate.py and tests/test_bilingual.py run the parts"
     ),
-    "templora bench guofeng GUOFENG --model 01-ai/Yi-6B-Chat --out out --comet-python comet/bin/python": (
-        "needs a model hub, the set and a GPU"
-    ),
-    "templora bench guofeng GUOFENG --score-only --out out --seed 1": (
+    (
+        "templora bench guofeng GUOFENG --model 01-ai/Yi-6B-Chat --out translations "
+        "--comet-python comet/bin/python"
+    ): ("needs a model hub, the set and a GPU"),
+    "templora bench guofeng GUOFENG --score-only --out perplexity --seed 1": (
         "needs the set; tests/test_guofeng.py runs it on a small one"
     ),
     "make write": "CI runs it through tests/test_make.py",

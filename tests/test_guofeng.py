@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from templora.bench import quality
+from templora.bench import guofeng, quality
 from templora.cli import app
 from templora.errors import OutputError
 from templora.testing import ByteTokenizer, tiny_llama
@@ -79,6 +79,84 @@ def test_a_work_without_passages_is_one_line(folder: Path, tmp_path: Path) -> No
     assert "x.train.json holds no passages; take it out" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("zh", "en", "lack"), [("他来了。", " ", "no English"), (" ", "He came.", "a passage without Chinese")]
+)
+def test_a_work_that_nothing_can_be_measured_on_is_one_line(
+    zh: str, en: str, lack: str, folder: Path, tmp_path: Path
+) -> None:
+    passage = {"contexts": {}, "inference": [{"zh": zh, "en": en}]}
+    (folder / "x.train.json").write_text(json.dumps([passage]), "utf-8")
+    error = refusal(folder, tmp_path / "out")
+    assert f"x.train.json holds {lack}; take it out" in error
+
+
+def refusal(folder: Path, out: Path, *words: str | Path) -> str:
+    """The one line that is said before a base is loaded."""
+    line = ["bench", "guofeng", folder, "--out", out, "--model", "nowhere", *words]
+    done = CliRunner().invoke(app, [str(word) for word in line])
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1), done.output
+    return done.stderr
+
+
+@pytest.mark.parametrize("name", ["guofeng.json", "guofeng.md", "guofeng.png"])
+def test_results_of_another_run_are_kept(name: str, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("hours of work", "utf-8")
+    assert f"{name} exists and is never overwritten; choose another --out" in refusal(folder, tmp_path)
+    assert (tmp_path / name).read_text("utf-8") == "hours of work"
+
+
+def test_what_quality_is_measured_with_is_looked_at_first(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert "cannot run no-python" in refusal(folder, out, "--comet-python", "no-python")
+    assert "COMET failed in" in refusal(folder, out, "--comet-python", sys.executable)
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
+    assert "needs sacrebleu" in refusal(folder, out)
+
+
+def test_works_are_told_apart_by_their_whole_names(folder: Path) -> None:
+    (folder / "w.train.json.bak").write_text("no work", "utf-8")
+    for name in ("1.a", "1.b", "[b]"):
+        for part, passages in (("train", [0, 1, 2]), ("eval", [3])):
+            text = json.dumps([excerpt(number) for number in passages])
+            (folder / f"{name}.{part}.json").write_text(text, "utf-8")
+    found = [(work.name, len(work.train), len(work.last)) for work in guofeng.works(folder, 2)]
+    assert found == [("1.a", 2, 1), ("1.b", 2, 1), ("[b]", 2, 1), ("w", 2, 2)]
+
+
+def test_where_a_model_writes_nothing_the_others_keep_their_tables() -> None:
+    silent = guofeng.Outcome("w", 1, free=True)
+    assert guofeng.line(silent) == "w, K = 1, own output: nothing was written"
+    assert "Nothing was written" in guofeng.markdown([silent])
+    assert guofeng.as_json(silent)["authors"] is None
+
+
+def test_a_comet_that_fails_at_last_does_not_cost_the_rest(folder: Path, tiny: str, tmp_path: Path) -> None:
+    out, python = tmp_path / "out", stand_in(tmp_path, "raise MemoryError('too large')")
+    line = ["bench", "guofeng", folder, "--model", tiny, "--out", out, "--passages", "1", "--pairs", "1"]
+    done = CliRunner().invoke(app, [*map(str, line), "--comet-python", str(python)])
+    assert done.exit_code == 2
+    assert "MemoryError: too large; see that" in done.stderr.splitlines()[-1]
+    assert "BLEU" in (out / "guofeng.md").read_text("utf-8")
+    assert (out / "guofeng.png").stat().st_size > 10_000
+
+
+def stand_in(folder: Path, predict: str) -> Path:
+    """A Python whose package stands for COMET's interface; COMET itself cannot be installed beside us."""
+    (folder / "comet.py").write_text(
+        "from types import SimpleNamespace as S\n"
+        "download_model = lambda name: name\n"
+        f"def predict(data, **_): {predict}\n"
+        "load_from_checkpoint = lambda path: S(predict=predict)\n"
+    )
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={folder} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
 def test_quality_is_sacrebleus_and_perfect_for_the_reference() -> None:
     text = ["Su Mian came and saw the sea.", "Wei Feng left the house at noon."]
     found = quality.scores(text, text)
@@ -105,14 +183,5 @@ def test_comet_runs_in_a_python_of_its_own(tmp_path: Path) -> None:
         quality.comet(Path(sys.executable), *texts)
     with pytest.raises(OutputError, match="cannot run"):
         quality.comet(tmp_path / "no-python", *texts)
-    # A package that stands for COMET's interface; COMET itself cannot be installed beside us.
-    (tmp_path / "comet.py").write_text(
-        "from types import SimpleNamespace as S\n"
-        "download_model = lambda name: name\n"
-        "predict = lambda data, **_: S(system_score=len(data[0]['mt']))\n"
-        "load_from_checkpoint = lambda path: S(predict=predict)\n"
-    )
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
-    python.chmod(0o755)
+    python = stand_in(tmp_path, "return S(system_score=len(data[0]['mt']))")
     assert quality.comet(python, *texts) == 7.0

@@ -25,6 +25,9 @@ from templora.testing import ByteTokenizer, tiny_llama
 
 TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text("utf-8")[:700]
 SIZES = {"window": 32, "chunk": 16, "context": 32}
+HOLLOW = json.dumps(
+    [dict.fromkeys(("document", "tokens", "chunks", "learn_seconds", "seed"), 0) | {"config": {}}]
+)
 
 
 @pytest.fixture
@@ -101,10 +104,56 @@ def test_the_command_writes_results_resumes_and_survives_a_bad_file(folder: Path
     assert [e["document"] for e in json.loads(out.read_text("utf-8"))] == [str(good), str(other)]
 
 
-def test_a_place_that_does_not_exist_is_refused_before_hours_of_scoring(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--plot", "{tmp}/no/x.png"], "no folder {tmp}/no for x.png; make it"),
+        (["--plot", "{tmp}/x.jpgg"], "x.jpgg is no kind of picture; choose a name that ends in .png"),
+        (["--plot", "{tmp}"], "{tmp} is a folder, not a picture"),
+        (["--json", "{tmp}/no/x.json"], "no folder {tmp}/no; make it"),
+        (["--resume"], "there is nothing to resume; name it with --json"),
+        (["--resume", "--json", "-"], "there is nothing to resume; name it with --json"),
+    ],
+)
+def test_what_cannot_be_stored_or_drawn_is_refused_before_a_base_is_loaded(
+    words: list[str], reason: str, tmp_path: Path
+) -> None:
     (tmp_path / "a.txt").write_text(TEXT, "utf-8")
-    code, errors = run("score", tmp_path / "a.txt", "--model", folder, "--json", tmp_path / "no" / "x.json")
-    assert code == 2 and errors.startswith("error: no folder") and errors.count("\n") == 1
+    given = [word.format(tmp=tmp_path) for word in words]
+    code, errors = run("score", tmp_path / "a.txt", "--model", "nowhere", *given)
+    assert code == 2 and errors.count("\n") == 1
+    assert reason.format(tmp=tmp_path) in errors
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_cost_the_results(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT, "utf-8")
+    (tmp_path / "x.png").symlink_to(tmp_path / "no" / "x.png")
+    words = ["score", "a.txt", "--tokens", "40", "--json", "-", "--plot", "x.png"]
+    words = [str(tmp_path / word) if "." in word else word for word in words]
+    done = CliRunner().invoke(app, [*words, "--model", str(folder)])
+    assert done.exit_code == 2 and "cannot write" in done.stderr.splitlines()[-1]
+    assert [entry["tokens"] for entry in json.loads(done.stdout)] == [40]
+
+
+@pytest.mark.parametrize("batch", ["1", "2"])
+def test_a_text_that_is_named_twice_is_scored_once(folder: Path, tmp_path: Path, batch: str) -> None:
+    first, other, out = tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "d.json"
+    first.write_text(TEXT, "utf-8")
+    other.write_text(TEXT[::-1], "utf-8")
+    words = ["--model", folder, "--window", "32", "--tokens", "40", "--json", out, "--batch", batch]
+    assert run("score", first, first, other, *words)[0] == 0
+    assert sorted(e["document"] for e in json.loads(out.read_text("utf-8"))) == [str(first), str(other)]
+
+
+def test_texts_that_end_together_leave_no_checkpoint_of_one_that_was_stopped_alone(
+    folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text(TEXT, "utf-8")
+    left = tmp_path / ".d.json.checkpoint"
+    left.write_bytes(b"half of a.txt")
+    words = ["--model", folder, "--tokens", "40", "--json", tmp_path / "d.json", "--batch", "2", "--resume"]
+    assert run("score", tmp_path / "a.txt", *words)[0] == 0
+    assert not left.exists()
 
 
 def test_without_the_base_nothing_is_said_of_it(base: Base) -> None:
@@ -120,8 +169,6 @@ def test_results_go_to_the_screen_if_asked(folder: Path, tmp_path: Path) -> None
     words = ["score", str(tmp_path / "a.txt"), "--model", str(folder), "--json", "-"]
     (entry,) = json.loads(CliRunner().invoke(app, words).stdout)
     assert entry["tokens"] > 0
-    code, errors = run(*words, "--resume")
-    assert code == 2 and "nothing to resume" in errors
 
 
 def test_what_the_guard_did_is_told(base: Base) -> None:
@@ -178,23 +225,6 @@ def test_a_sweep_runs_every_combination_and_puts_the_best_on_top(base: Base, tmp
     config.write_text("nothing: here\n")
     with pytest.raises(InvalidRecipe, match="runs"):
         sweep.read(config)
-
-
-@pytest.mark.slow
-def test_the_pg19_bench_writes_tables_results_and_a_plot(folder: Path, tmp_path: Path) -> None:
-    books, out = tmp_path / "books", tmp_path / "out"
-    books.mkdir()
-    for name in ("a", "b"):
-        (books / f"{name}.txt").write_text(TEXT, "utf-8")
-    words = ["bench", "pg19", books, "--out", out, "--model", folder, "--window", "32", "--tokens", "400"]
-    words += ["--recipe", "paper", "--recipe", "default", "--chunk", "32"]
-    code, errors = run(*words, "--cost-tokens", "200", "--cost-written", "40", "--cost-rounds", "2")
-    assert code == 0, errors
-    page = (out / "tables.md").read_text("utf-8")
-    assert "By position, the paper's bins" in page
-    assert "s per 1,000 tokens" in page
-    assert all((out / name).stat().st_size > 10_000 for name in ("by-position.png", "cost.png"))
-    assert len(json.loads((out / "paper.json").read_text("utf-8"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -286,7 +316,7 @@ def test_a_file_with_nothing_to_score_does_not_cost_the_others(folder: Path, tmp
         (tmp_path / "out.json").unlink()
 
 
-@pytest.mark.parametrize("content", ["[{", "3", '[{"no": 1}]', "[1]"])
+@pytest.mark.parametrize("content", ["[{", "3", '[{"no": 1}]', "[1]", "{}", HOLLOW])
 def test_a_file_that_holds_no_results_is_named(folder: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "a.txt").write_text(TEXT, "utf-8")
     (tmp_path / "out.json").write_text(content, "utf-8")

@@ -126,6 +126,8 @@ def test_no_run_is_begun_when_a_later_one_cannot_work(
         ('{"title": 3, "text": "It was dark."}', "line 2 of texts.jsonl has no title or no text"),
         ("[]", "line 2 of texts.jsonl has no title or no text"),
         ("{", "line 2 of texts.jsonl is not JSON"),
+        (r'{"title": "k", "text": "It \ud83d was."}', "line 2 of texts.jsonl holds half a character"),
+        (r'{"title": "\udc00", "text": "It was."}', "line 2 of texts.jsonl holds half a character"),
     ],
 )
 def test_a_line_that_holds_no_text_is_named(line: str, reason: str, here: Path) -> None:

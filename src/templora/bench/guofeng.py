@@ -5,19 +5,21 @@ measures. Free: the model's own output fills the context and is learned.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from templora.base import Base
+from templora.bench.plot import canvas, save
 from templora.bench.tables import table
 from templora.errors import InvalidText
 from templora.events import ChunkScored, PassageTranslated
-from templora.formats.extra import needed
 from templora.formats.guofeng import Excerpt, read
 from templora.metrics import Tally, perplexity
 from templora.tasks.translate import Passage, Translator
 from templora.template import load
+
+ENDINGS = (".json", ".json.xz")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,22 +52,46 @@ class Outcome:
     references: list[str] = field(default_factory=list[str])
 
 
-def works(folder: Path) -> list[Work]:
+def works(folder: Path, passages: int | None = None) -> list[Work]:
     """The works of a folder: NAME.train.json(.xz) with NAME.eval.json(.xz), in order of name.
 
+    Args:
+        passages: only so many from each work's beginning, and all of its last ones.
+
     Raises:
-        InvalidText: there is none, or one holds no passages.
+        InvalidText: there is none, or one that nothing can be measured on.
     """
-    found: list[Work] = []
-    for path in sorted(folder.glob("*.train.json*")) if folder.is_dir() else []:
-        name = path.name.partition(".")[0]
-        other = next(iter(folder.glob(f"{name}.eval.json*")), None)
-        found.append(Work(name, read(path), read(other) if other else []))
-        if not found[-1].passages:
-            raise InvalidText(f"{path} holds no passages; take it out of the folder, or download it anew")
-    if not found:
+    names = {
+        path.name.removesuffix(ending).removesuffix(".train")
+        for ending in ENDINGS
+        for path in (folder.iterdir() if folder.is_dir() else [])
+        if path.name.endswith(f".train{ending}")
+    }
+    if not names:
         raise InvalidText(f"{folder} holds no NAME.train.json files; give the folder of the GuoFeng set")
-    return found
+    return [_work(folder, name, passages) for name in sorted(names)]
+
+
+def _work(folder: Path, name: str, passages: int | None) -> Work:
+    train, last = (_excerpts(folder / f"{name}.{part}") for part in ("train", "eval"))
+    work = Work(name, train[:passages], last)
+    if not work.passages:
+        lack = "no passages"
+    elif not any(excerpt.target.strip() for excerpt in work.passages):
+        lack = "no English"
+    elif not all(excerpt.source.strip() for excerpt in work.passages):
+        lack = "a passage without Chinese"
+    else:
+        return work
+    raise InvalidText(
+        f"{folder / name}.train.json holds {lack}; take it out of the folder, or download it anew"
+    )
+
+
+def _excerpts(start: Path) -> list[Excerpt]:
+    """start: the file's name but for its ending."""
+    files = (start.with_name(start.name + ending) for ending in ENDINGS)
+    return next((read(file) for file in files if file.exists()), [])
 
 
 def run(
@@ -97,19 +123,10 @@ def run(
 
 
 def measure(
-    base: Base,
-    work: Work,
-    recipe: Any,
-    pairs: int,
-    passages: int | None,
-    *,
-    free: bool,
-    drafts: bool,
-    seed: int,
+    base: Base, work: Work, recipe: Any, pairs: int, *, free: bool, drafts: bool, seed: int
 ) -> Outcome:
-    """`run`, to the end. passages: only so many from the work's beginning, and all of its last ones."""
-    chosen = replace(work, train=work.train[:passages])
-    *_, outcome = run(base, chosen, recipe, pairs, free=free, drafts=drafts, seed=seed)
+    """`run`, to the end."""
+    *_, outcome = run(base, work, recipe, pairs, free=free, drafts=drafts, seed=seed)
     return outcome
 
 
@@ -128,9 +145,14 @@ def by_position(outcome: Outcome, parts: int = 4) -> list[tuple[str, int, float,
     return rows
 
 
-def authors_statistic(outcome: Outcome) -> tuple[float, float]:
-    """Mean over passages of each one's perplexity, base and adapted: what was published."""
+def authors_statistic(outcome: Outcome) -> tuple[float, float] | None:
+    """Mean over passages of each one's perplexity, base and adapted: what was published.
+
+    None where nothing was scored: of its own output a model may write none.
+    """
     chosen = [event for event in outcome.scored if event.base_nll is not None]
+    if not chosen:
+        return None
     base = sum(perplexity(event.base_nll or 0.0, event.tokens) for event in chosen)
     adapted = sum(perplexity(event.adapted_nll, event.tokens) for event in chosen)
     return base / len(chosen), adapted / len(chosen)
@@ -145,13 +167,23 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
             for name, tokens, base, adapted in by_position(outcome)
         ]
         learned = "own output learned" if outcome.free else "references learned"
-        base, adapted = authors_statistic(outcome)
+        pages.append(f"### {outcome.work}, K = {outcome.pairs}, {learned}")
+        if (means := authors_statistic(outcome)) is None:
+            pages.append("Nothing was written, so nothing was scored.")
+            continue
         pages += [
-            f"### {outcome.work}, K = {outcome.pairs}, {learned}",
             table(["part", "target tokens", "base", "adapted", "change"], rows),
-            f"Mean of per-passage perplexities (the authors' statistic): {base:.2f} → {adapted:.2f}.",
+            "Mean of per-passage perplexities (the authors' statistic): {:.2f} → {:.2f}.".format(*means),
         ]
     return "\n\n".join(pages)
+
+
+def line(outcome: Outcome) -> str:
+    """One line for the screen."""
+    base, adapted = (sums.perplexity for sums in tally(outcome))
+    figures = "nothing was written" if base is None else f"perplexity base {base:.2f}, adapter {adapted:.2f}"
+    learned = "own output" if outcome.free else "references"
+    return f"{outcome.work}, K = {outcome.pairs}, {learned}: {figures}"
 
 
 def tally(outcome: Outcome) -> tuple[Tally, Tally]:
@@ -171,8 +203,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
 
 def plot(outcomes: Sequence[Outcome], path: Path) -> None:
     """Perplexity of translations by quarter, base (dashed) and adapted (solid), a colour a setting."""
-    pyplot = needed("matplotlib.pyplot", "plotting", "plot")
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure, (axes,) = canvas()
     for number, outcome in enumerate(outcomes):
         rows = by_position(outcome)[:-1]
         label = f"{outcome.work}, K = {outcome.pairs}" + (", own output" if outcome.free else "")
@@ -180,6 +211,4 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
         axes.plot(places, [row[2] for row in rows], f"C{number}--")
         axes.plot(places, [row[3] for row in rows], f"C{number}-", label=label)
     axes.set(yscale="log", ylabel="perplexity of the translation")
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save(figure, [axes], path)

@@ -68,6 +68,22 @@ def canvas(panels: int = 1) -> tuple[Any, list[Any]]:
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
 
+def see_drawable(path: Path) -> None:
+    """See that a picture can be drawn there, before hours of scoring.
+
+    Raises:
+        OutputError: matplotlib is not installed, or knows no such kind of file, or there is no such place.
+    """
+    figure, _ = canvas()
+    kind = path.suffix[1:].lower() or "png"
+    if kind not in figure.canvas.get_supported_filetypes():
+        raise OutputError(f"{path} is no kind of picture; choose a name that ends in .png or .svg")
+    if not path.parent.is_dir():
+        raise OutputError(f"no folder {path.parent} for {path.name}; make it, or choose another")
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder, not a picture; move it away, or choose another name")
+
+
 def save(figure: Any, panels: Sequence[Any], path: Path) -> None:
     """Legend, light grid, file."""
     for axes in panels:

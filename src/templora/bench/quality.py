@@ -25,12 +25,23 @@ LEAST_REPEATS = 3  # passages in which a run of characters must stand to be take
 
 def scores(drafts: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
     """BLEU and chrF with their signatures."""
-    metrics = needed("sacrebleu.metrics", "measuring translations", "translate")
+    metrics = _metrics()
     found: dict[str, Any] = {}
     for name, metric in (("bleu", metrics.BLEU()), ("chrf", metrics.CHRF())):
         found[name] = metric.corpus_score(list(drafts), [list(references)]).score
         found[f"{name}_signature"] = str(metric.get_signature())
     return found
+
+
+def see_ready(comet_python: Path | None) -> None:
+    """See that all that quality is measured with is there, before hours of translating.
+
+    Raises:
+        MissingExtra: sacreBLEU is not. OutputError: that Python has no COMET.
+    """
+    _metrics()
+    if comet_python:
+        _run(comet_python, "import comet")
 
 
 def comet(python: Path, sources: Sequence[str], drafts: Sequence[str], references: Sequence[str]) -> float:
@@ -40,14 +51,23 @@ def comet(python: Path, sources: Sequence[str], drafts: Sequence[str], reference
         OutputError: it could not; the message holds its last line.
     """
     data = [{"src": s, "mt": d, "ref": r} for s, d, r in zip(sources, drafts, references, strict=True)]
+    return float(json.loads(_run(python, COMET, json.dumps(data)).strip().splitlines()[-1]))
+
+
+def _metrics() -> Any:
+    return needed("sacrebleu.metrics", "measuring translations", "translate")
+
+
+def _run(python: Path, program: str, given: str = "") -> str:
+    """What a program prints in that Python."""
     try:
-        done = subprocess.run([python, "-c", COMET], input=json.dumps(data), capture_output=True, text=True)
+        done = subprocess.run([python, "-c", program], input=given, capture_output=True, text=True)
     except OSError as error:
         raise OutputError(f"cannot run {python}: {error.strerror}; give a Python with COMET") from error
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise OutputError(f"COMET failed in {python}: {reason}; see that it is installed there")
-    return float(json.loads(done.stdout.strip().splitlines()[-1]))
+    return done.stdout
 
 
 def consistency(pairs: Iterable[tuple[str, str]], names: Iterable[str]) -> float | None:

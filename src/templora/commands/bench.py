@@ -1,6 +1,8 @@
 """`templora bench`: the paper's tables on books, and sweeps over recipes."""
 
 import json
+from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +11,7 @@ import typer
 from templora.commands.inputs import load_base, load_recipe, text_of, translation_sizes
 from templora.commands.options import Model, RecipeName
 from templora.commands.running import make_folder, one_line_errors, say
-from templora.commands.score import Job, Results, score_all
+from templora.commands.score import Job, Results, put, score_all
 from templora.errors import InvalidText, OutputError
 
 if TYPE_CHECKING:
@@ -40,33 +42,31 @@ def pg19(
 
     with one_line_errors():
         files = _books(folder)
-        _folder(out)
-        pages: list[str] = []
-        groups: dict[str, list[dict[str, Any]]] = {}
         recipes: dict[str, Recipe] = {}
         for name in recipe or ["default"]:
             wishes: dict[str, Any] = {"window": window, "context": window}
             if name == "paper":
                 wishes |= {"chunk": chunk, "dropout": 0.0}
             recipes[name] = recipe_of(name, wishes)
+        _folder(out)
+        stores = _stores(out, recipes)
+        pages: list[str] = []
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for name in recipes:
             job = Job(load_base(model, None, None), recipes[name], seed, tokens, 0, True)
-            results = Results(out / f"{Path(name).stem}.json", resume=True)
-            score_all(job, files, results, [])
-            groups[Path(name).stem] = results.done
-            seconds = sum(entry["learn_seconds"] for entry in results.done)
-            pages += [
-                f"## {name}",
-                bench.tables(results.done),
-                bench.quarters(results.done),
-                f"Learning took {seconds:.0f} s.",
-            ]
+            score_all(job, files, stores[name], [])
+            groups[Path(name).stem] = done = _of_these(files, stores[name])
+            seconds = sum(entry["learn_seconds"] for entry in done)
+            pages += [f"## {name}", bench.tables(done), bench.quarters(done)]
+            pages.append(f"Learning took {seconds:.0f} s.")
+            _put_pages(out / "tables.md", pages)
         plot_by_position(groups, out / "by-position.png")
         if cost_tokens:
-            how = (text_of(files[0]), cost_tokens, cost_written, cost_rounds, say)
+            book = Path(next(iter(groups.values()))[0]["document"])
+            how = (text_of(book), cost_tokens, cost_written, cost_rounds, say)
             rows = costs(model, next(iter(recipes.values())), *how)
-            pages += ["## Cost of a window", cost_table(rows)]
+            _put_pages(out / "tables.md", [*pages, "## Cost of a window", cost_table(rows)])
             plot_costs(rows, out / "cost.png")
-        (out / "tables.md").write_text("\n\n".join(pages) + "\n", "utf-8")
         say(f"tables, results and plot are in {out}")
 
 
@@ -89,34 +89,29 @@ def guofeng(
     from templora.bench import quality
 
     with one_line_errors():
-        works = bench.works(folder)
+        works = bench.works(folder, passages)
         _folder(out)
+        page, data, picture = (out / f"guofeng.{kind}" for kind in ("md", "json", "png"))
+        for file in (page, data, picture):
+            _new_file(file)
+        if not score_only:
+            quality.see_ready(comet_python)
         base = load_base(model, None, None)
         sizes = translation_sizes(window, chunk, base.positions)
         ready = load_recipe(recipe, [], sizes)
         outcomes: list[bench.Outcome] = []
-        for work in works:
-            for k in pairs or [1, 3]:
-                for free in (False,) if score_only else (False, True):
-                    done = bench.measure(
-                        base, work, ready, k, passages, free=free, drafts=not score_only, seed=seed
-                    )
-                    outcomes.append(done)
-                    before, after = bench.tally(done)
-                    assert before.perplexity and after.perplexity
-                    say(
-                        f"{work.name}, K = {k}, {'own output' if free else 'references'}: perplexity "
-                        f"base {before.perplexity:.2f}, adapter {after.perplexity:.2f}"
-                    )
-                    result = [bench.as_json(outcome) for outcome in outcomes]
-                    (out / "guofeng.json").write_text(
-                        json.dumps(result, indent=1, ensure_ascii=False), "utf-8"
-                    )
-                    (out / "guofeng.md").write_text(bench.markdown(outcomes) + "\n", "utf-8")
-        if not score_only:  # last: COMET loads a model for each row
-            rows = quality.table_of(outcomes, comet_python)
-            (out / "guofeng.md").write_text(f"{bench.markdown(outcomes)}\n\n{rows}\n", "utf-8")
-        bench.plot(outcomes, out / "guofeng.png")
+        for work, k, free in product(works, pairs or [1, 3], (False,) if score_only else (False, True)):
+            done = bench.measure(base, work, ready, k, free=free, drafts=not score_only, seed=seed)
+            outcomes.append(done)
+            say(bench.line(done))
+            result = [bench.as_json(outcome) for outcome in outcomes]
+            put(data, json.dumps(result, indent=1, ensure_ascii=False))
+            _put_pages(page, [bench.markdown(outcomes)])
+        bench.plot(outcomes, picture)
+        if not score_only:
+            # COMET last, and BLEU before it: it loads a model for each row, and may fail in that.
+            for python in dict.fromkeys((None, comet_python)):
+                _put_pages(page, [bench.markdown(outcomes), quality.table_of(outcomes, python)])
         say(f"tables, results and plot are in {out}")
 
 
@@ -138,10 +133,7 @@ def sweep(
         for outcome in bench.run(load_base(model, None, None), plan, loaded):
             outcomes.append(outcome)
             say(f"{outcome.keys or 'as it is'}: {100 * outcome.mean:+.2f} %, {outcome.learn_seconds:.0f} s")
-            try:
-                out.write_text(bench.markdown(outcomes) + "\n", "utf-8")
-            except OSError as error:
-                raise OutputError(f"cannot write {out}: {error.strerror}; choose another --out") from error
+            _put_pages(out, [bench.markdown(outcomes)])
 
 
 def _books(folder: Path) -> list[Path]:
@@ -151,6 +143,38 @@ def _books(folder: Path) -> list[Path]:
     if not files:
         raise InvalidText(f"{folder} holds no .txt or .txt.xz files; give a folder of books")
     return files
+
+
+def _stores(out: Path, recipes: Iterable[str]) -> dict[str, Results]:
+    """Each recipe's results, which may be there already.
+
+    Raises:
+        OutputError: two recipes would share theirs, or what is there is something else.
+    """
+    stores: dict[str, Results] = {}
+    for name in recipes:
+        path = out / f"{Path(name).stem}.json"
+        if other := next((other for other, store in stores.items() if store.path == path), None):
+            raise OutputError(f"the results of {other} and {name} would both be {path}; rename one of them")
+        stores[name] = Results(path, resume=True)
+    return stores
+
+
+def _of_these(files: Iterable[Path], results: Results) -> list[dict[str, Any]]:
+    """The results of these files, in their order: an earlier run may have had others.
+
+    Raises:
+        InvalidText: there is none.
+    """
+    found = {entry["document"]: entry for entry in results.done}
+    done = [found[str(file)] for file in files if str(file) in found]
+    if not done:
+        raise InvalidText("none of the books could be scored; mend what is said above")
+    return done
+
+
+def _put_pages(path: Path, pages: Iterable[str]) -> None:
+    put(path, "\n\n".join(pages) + "\n")
 
 
 def _folder(path: Path) -> None:
@@ -199,4 +223,7 @@ def _row(line: str, place: str) -> tuple[str, str]:
         raise InvalidText(
             f'{place} has no title or no text; write {{"title": "Dark", "text": "It was dark."}}'
         )
-    return f"{row['title']} ({place})", row["text"]
+    title, text = row["title"], row["text"]
+    if any("\ud800" <= character <= "\udfff" for character in title + text):
+        raise InvalidText(f"{place} holds half a character (\\ud800 to \\udfff); write the whole of it")
+    return f"{title} ({place})", text

@@ -1,12 +1,12 @@
 """`templora score`: how much the adapter knows of a text, measured token by token."""
 
 import json
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -56,27 +56,29 @@ def score(
 ) -> None:
     """Score texts."""
     with one_line_errors():
+        to_screen = json_ == Path("-")
+        if resume and (json_ is None or to_screen):
+            raise OutputError("without a file of results there is nothing to resume; name it with --json")
+        # What cannot be stored or drawn is said before hours of scoring.
+        results = Results(None if to_screen else json_, resume=resume)
         if plot is not None:
-            from templora.bench.plot import canvas
+            from templora.bench.plot import see_drawable
 
-            canvas()  # what cannot be drawn is said before hours of scoring
+            see_drawable(plot)
         made = load_recipe(recipe, set_ or [], {"window": window, "chunk": chunk, "context": context})
         job = Job(load_base(model, dtype, device), made, seed, tokens, skip, base)
-        to_screen = json_ == Path("-")
-        if to_screen and resume:
-            raise OutputError("--json - leaves nothing to resume; name a file")
-        results = Results(None if to_screen else json_, resume=resume)
+        files = list(dict.fromkeys(files))  # each once, whether at once with others or after them
         with interruptible() as interrupted:
             if batch > 1:
                 failed = score_together(job, files, results, interrupted, batch)
             else:
                 failed = score_all(job, files, results, interrupted)
+        if to_screen:
+            typer.echo(json.dumps(results.done, indent=1))
         if plot is not None:
             from templora.bench.plot import plot_by_position
 
             plot_by_position(results.done, plot)
-        if to_screen:
-            typer.echo(json.dumps(results.done, indent=1))
         if interrupted:
             say("interrupted; go on with the same command and --resume" if results.path else "interrupted")
             raise typer.Exit(INTERRUPTED)
@@ -188,28 +190,39 @@ class Results:
         """Take in one more result and store them all."""
         self.done.append(entry)
         if self.path is not None:
-            with _replacing(self.path) as temporary:
-                temporary.write_text(json.dumps(self.done, indent=1), "utf-8")
+            put(self.path, json.dumps(self.done, indent=1))
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:
     try:
         entries = json.loads(path.read_text("utf-8"))
-        if all({"document", "config", "seed"} <= entry.keys() for entry in entries):
+        if isinstance(entries, list) and all(_is_result(entry) for entry in cast(list[Any], entries)):
             return entries
     except (OSError, ValueError, TypeError, AttributeError):
         pass
     raise OutputError(f"{path} does not hold results of scoring; choose another file for them")
 
 
-@contextmanager
-def _replacing(path: Path) -> Generator[Path]:
+def _is_result(entry: Any) -> bool:
+    """Whether it has what is looked at when scoring goes on, and in tables and pictures."""
+    needed = {"document", "tokens", "chunks", "learn_seconds", "config", "seed"}
+    return needed <= entry.keys() and {"model", "recipe"} <= entry["config"].keys()
+
+
+def put(path: Path, text: str) -> None:
+    """Write a file of results in place of the one before: all of it, or nothing.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.part")
     try:
-        yield temporary
+        temporary.write_text(text, "utf-8")
         temporary.replace(path)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}; choose another --json") from error
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {path}: {error.strerror}; choose another place for it") from error
 
 
 def score_all(job: Job, files: list[Path], results: Results, interrupted: list[int]) -> int:
@@ -267,6 +280,9 @@ def score_together(job: Job, files: list[Path], results: Results, interrupted: l
         text.discard()
         results.add(entry)
         say(_line(entry))
+    else:
+        # A run of single texts that was stopped may have left one; all that it could spare is done.
+        Checkpoint(results.path, resume=results.resume).clear()
     return len(failed)
 
 
