@@ -3,7 +3,7 @@
 Time and memory do not depend on the weights; what both sides compute is compared all the same.
 """
 
-from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -51,11 +51,11 @@ def base(name: str, positions: int = 4096) -> templora.Base:
 
 
 def ids(name: str, tokens: int) -> list[int]:
-    """Token ids: the docs for the embedded base; for a random one ids with the frequencies of words."""
+    """Token ids: for the embedded base Python's own help pages, which each machine has and nobody edits; for
+    a random one ids with the frequencies of words."""
     if name == "novelist":
-        pages = sorted(Path(__file__).parent.parent.glob("docs/*.md"))
-        found = templora.load(name).encode("".join(page.read_text("utf-8") for page in pages))
-        assert len(found) >= tokens, f"the docs have {len(found)} tokens"
+        found = templora.load(name).encode("\n\n".join(text for _, text in sorted(topics.items())))
+        assert len(found) >= tokens, f"Python's help pages have {len(found)} tokens"
         return found[:tokens]
     ranks = torch.arange(1, COMMON.get(name, 2000), dtype=torch.float, device="cpu")
     draw = torch.Generator().manual_seed(1)

@@ -11,7 +11,7 @@ from templora.base import Base
 from templora.cli import app
 from templora.testing import ByteTokenizer, tiny_llama
 
-TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text("utf-8")[:700]
+TEXT = (Path(__file__).parent.parent / "LICENSE").read_text("utf-8").strip()[:700]
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from templora.session import Session
 from templora.tasks.score import Scores, score, scoring
 from templora.testing import ByteTokenizer, tiny_llama
 
-TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text("utf-8")[:700]
+TEXT = (Path(__file__).parent.parent / "LICENSE").read_text("utf-8").strip()[:700]
 SIZES = {"window": 32, "chunk": 16, "context": 32}
 HOLLOW = json.dumps(
     [dict.fromkeys(("document", "tokens", "chunks", "learn_seconds", "seed"), 0) | {"config": {}}]

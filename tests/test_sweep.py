@@ -10,7 +10,7 @@ from templora.base import Base
 from templora.cli import app
 from templora.testing import ByteTokenizer, tiny_llama
 
-TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text("utf-8")[:300]
+TEXT = (Path(__file__).parent.parent / "LICENSE").read_text("utf-8").strip()[:300]
 PLAN = "set: {window: 32, chunk: 16, context: 32}\nruns:\n  - {}\n"
 
 
