@@ -1,11 +1,13 @@
 """The base: how many positions it has, how it ends and begins a text, what it refuses."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import templora
-from templora.errors import ModelNotFound
+from templora.errors import ModelNotFound, UnsupportedModel
 from templora.testing import ByteTokenizer, tiny_llama
 from tests.architectures import ARCHITECTURES, MORE, POSITIONS, Architecture
 
@@ -61,3 +63,30 @@ def test_a_damaged_model_is_an_error_in_one_line(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ModelNotFound, match="cannot load"):
         templora.load(str(tmp_path))
+
+
+def test_a_base_in_four_bits_learns_too_and_is_known_again(tmp_path: Path) -> None:
+    whole, quantized = templora.load("novelist"), templora.load("novelist", dtype="4bit", device="cpu")
+    before, text = quantized.fingerprint(), (Path(__file__).parent.parent / "LICENSE").read_text("utf-8")
+    sizes: dict[str, Any] = {"window": 256, "context": 256, "seed": 1}
+    found, expected = (templora.score(each, text, tokens=700, **sizes) for each in (quantized, whole))
+    assert found.base.perplexity == pytest.approx(expected.base.perplexity, rel=0.05)
+    assert found.adapted.perplexity == pytest.approx(expected.adapted.perplexity, rel=0.05)
+    assert found.change is not None and found.change < -0.2
+    assert quantized.fingerprint() == before
+    with quantized.session(dir=tmp_path / "s", **sizes) as session:
+        session.read(text[:2000])
+        weights = session.adapter.flat.clone()
+    with templora.resume(tmp_path / "s", device="cpu") as session:
+        assert session.base.dtype == "4bit"
+        assert torch.equal(session.adapter.flat, weights)
+    quantized.model.save_pretrained(tmp_path / "stored")
+    quantized.tokenizer.save_pretrained(tmp_path / "stored")
+    assert templora.load(str(tmp_path / "stored"), device="cpu").dtype == "4bit"
+
+
+def test_a_model_on_several_devices_is_refused() -> None:
+    model = tiny_llama()
+    model.model.layers[1].to("meta")
+    with pytest.raises(UnsupportedModel, match="lies on cpu, meta; load all of it on one device"):
+        templora.load(model=model)

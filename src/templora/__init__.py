@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from templora.recipe import Recipe
     from templora.session import Session
     from templora.tasks.batch import score_batch, write_batch
+    from templora.tasks.score import score
 
 # Imported on first use: `import templora` must stay instant, and torch is not.
 _HOME = {
@@ -24,6 +25,7 @@ _HOME = {
     "Recipe": "recipe",
     "TemploraError": "errors",
     "generate": "hook",
+    "score": "tasks.score",
     "score_batch": "tasks.batch",
     "write_batch": "tasks.batch",
 }
@@ -37,6 +39,7 @@ __all__ = [
     "generate",
     "load",
     "resume",
+    "score",
     "score_batch",
     "write_batch",
 ]

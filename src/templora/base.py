@@ -70,6 +70,12 @@ class Base:
         return self.model.device
 
     @property
+    def dtype(self) -> str:
+        """Of its weights, as `load` takes it."""
+        in_four = getattr(self.model, "is_loaded_in_4bit", False)
+        return loading.FOUR_BITS if in_four else str(self.model.dtype).removeprefix("torch.")
+
+    @property
     def head(self) -> nn.Module:
         """The output layer that stands in the model now."""
         return self.model.get_output_embeddings()  # pyright: ignore[reportReturnType]
@@ -138,7 +144,7 @@ class Base:
         return {
             "name": str(Path(self.name).resolve()) if Path(self.name).is_dir() and self.name else self.name,
             "model": type(self.model).__name__,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "dtype": self.dtype,
             "parameters": sum(parameter.numel() for parameter in parameters),
             "positions": self.positions,
             "weights": self.fingerprint(),
@@ -296,12 +302,13 @@ def load(
     """A base by name ("novelist", a local folder, a hub id), or from a loaded model.
 
     Args:
-        dtype: "float32", "bfloat16", …; by default the checkpoint's on a GPU, and float32 on a CPU for
-            models of up to two billion parameters.
+        dtype: "float32", "bfloat16", "float16", or "4bit" (NF4, by bitsandbytes); by default the checkpoint's
+            on a GPU, and float32 on a CPU for models of up to two billion parameters.
         device: "cuda", "cpu", …; by default a GPU where there is one.
 
     Raises:
         ModelNotFound: nothing of that name, or unreadable. UnsupportedModel: it cannot carry an adapter.
+        MissingExtra: 4bit, and bitsandbytes is not installed.
         InvalidRecipe: a loaded model, and a dtype or device as well.
     """
     if model is not None:

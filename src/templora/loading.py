@@ -4,6 +4,7 @@ import re
 import textwrap
 from collections.abc import Callable
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from templora.errors import ModelNotFound, OutOfMemory, UnsupportedModel
+from templora.errors import MissingExtra, ModelNotFound, OutOfMemory, UnsupportedModel
 
 EMBEDDED = "novelist"
+FOUR_BITS = "4bit"  # among dtypes, as the kind of number that a base is loaded in
 # fp32 costs twice the memory but runs faster than bf16 on most CPUs, and merges exactly.
 LARGEST_FP32_ON_CPU = 2_000_000_000  # parameters
 
@@ -37,13 +40,28 @@ def load_pretrained(
             f"{name} is a {config.model_type} model, not a causal LM; choose one that writes text"
         )
     tokenizer = _read(name, AutoTokenizer.from_pretrained, place)
-    model = _read(name, AutoModelForCausalLM.from_pretrained, place, dtype=_dtype(dtype))
+    quantized = getattr(config, "quantization_config", None) is not None
+    how: dict[str, Any] = {"dtype": "auto" if dtype == FOUR_BITS else _dtype(dtype)}
+    if dtype == FOUR_BITS and not quantized:
+        how = _four_bits(target)
+    if dtype == FOUR_BITS or quantized:  # what is quantised is put in its place while it is read
+        how["device_map"] = {"": target}
     try:
-        return _moved(model, dtype, target), tokenizer
+        model = _read(name, AutoModelForCausalLM.from_pretrained, place, **how)
+        return (model if "device_map" in how else _moved(model, dtype, target)), tokenizer
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(
-            f"{name} does not fit on {target}; choose a smaller model or --dtype bfloat16"
+            f"{name} does not fit on {target}; choose a smaller model, --dtype bfloat16 or {FOUR_BITS}"
         ) from error
+
+
+def _four_bits(device: str) -> dict[str, Any]:
+    """How to read a model's linear layers into NF4, as QLoRA does (arXiv 2305.14314)."""
+    if not find_spec("bitsandbytes"):
+        raise MissingExtra('--dtype 4bit needs bitsandbytes; say: pip install "templora[quantize]"')
+    computes = torch.float32 if device == "cpu" else torch.bfloat16
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computes)
+    return {"quantization_config": config, "dtype": computes}
 
 
 def _moved(model: PreTrainedModel, dtype: str | None, device: str) -> PreTrainedModel:
@@ -81,7 +99,7 @@ def _dtype(name: str | None) -> str | torch.dtype:
         return "auto"
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UnsupportedModel(f"no dtype {name!r}; choose float32, bfloat16 or float16")
+        raise UnsupportedModel(f"no dtype {name!r}; choose float32, bfloat16, float16 or {FOUR_BITS}")
     return dtype
 
 
@@ -89,7 +107,7 @@ def _read(name: str, reader: Callable[..., Any], place: str, **kwargs: object) -
     """Call one of transformers' readers; whatever it raises becomes a `ModelNotFound` in one line."""
     try:
         return reader(place, **kwargs)
-    except MemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a damaged file, a missing library or a wrong config: each raises its own
         words = re.sub(r"'?https?://\S+", "the hub", str(error))

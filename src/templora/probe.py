@@ -40,6 +40,8 @@ def probe(model: PreTrainedModel) -> Probe:
         raise UnsupportedModel(f"{kind} already carries a LoRA adapter; call merge_and_unload() first")
     if getattr(model, "_is_stateful", False):
         raise UnsupportedModel(f"{kind} keeps a recurrent state, not keys and values; choose a transformer")
+    if len(devices := {str(parameter.device) for parameter in model.parameters()}) > 1:
+        raise UnsupportedModel(f"{kind} lies on {', '.join(sorted(devices))}; load all of it on one device")
     with torch.no_grad():
         return Probe(model.base_model, _try(model, head, kind))
 
@@ -73,7 +75,10 @@ def _try(model: PreTrainedModel, head: nn.Module, kind: str) -> bool:
     # The same shapes run the same kernels, so next to nothing may differ.
     exact = torch.finfo(whole.dtype).eps ** 0.5
     if not _close(model(other, use_cache=False).logits[0, :-1], whole[:-1], exact):
-        raise UnsupportedModel(f"{kind} is not causal: a token changes what came before it")
+        cure = (
+            "; in 8 bits outliers are shared: load it in 4" if getattr(model, "is_quantized", False) else ""
+        )
+        raise UnsupportedModel(f"{kind} is not causal: a token changes what came before it{cure}")
     try:
         before = model(ids[:, :-1], past_key_values=cache, use_cache=True).logits[0]
         after = model(ids[:, -1:], past_key_values=cache, use_cache=True).logits[0]

@@ -11,5 +11,5 @@ Window = Annotated[int | None, typer.Option(help="Tokens visible before a chunk;
 Context = Annotated[
     int | None, typer.Option(help="Tokens visible while a chunk is learned; else as the window.")
 ]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or 4bit.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, …")]
