@@ -168,6 +168,20 @@ def test_xliff_as_its_standard_wants_it_and_as_it_was(tmp_path: Path) -> None:
     assert [n.text for n in root.iterfind(".//x:note", space)] == ["keep me", "and me"]
 
 
+def test_what_a_group_says_not_to_translate_stays(tmp_path: Path) -> None:
+    """XLIFF 1.2: the nearest element that says anything decides."""
+    held = '<group id="h" translate="no"><group id="i">{}</group>{}</group>{}'
+    unit = '<trans-unit id="{0}"{1}><source>{0}</source></trans-unit>'
+    body = held.format(unit.format("a", ""), unit.format("b", ' translate="yes"'), unit.format("c", ""))
+    start, end = XLIFF.index("<group"), XLIFF.index("</body>")
+    (tmp_path / "a.xlf").write_text(XLIFF[:start] + body + XLIFF[end:], "utf-8")
+    found = bilingual.read(tmp_path / "a.xlf")
+    assert [segment.source for segment in found.segments] == ["b", "c"]
+    bilingual.write(tmp_path / "b.xlf", found.translated(["B", "C"], "zh", "en"), tmp_path / "a.xlf")
+    units = etree.parse(tmp_path / "b.xlf").getroot().iterfind(".//{*}trans-unit")
+    assert {unit.get("id"): unit.findtext("{*}target") for unit in units} == {"a": None, "b": "B", "c": "C"}
+
+
 PAGE = """<?xml version="1.0" encoding="utf-8"?>
 <!DOCTYPE html>
 <html xmlns="http://www.w3.org/1999/xhtml" lang="fr" xml:lang="fr"><head><title>T</title></head>

@@ -45,6 +45,12 @@ def test_plain_text_in_any_encoding(data: bytes, text: str, tmp_path: Path) -> N
     assert text in book.read(tmp_path / "a.txt.xz").text
 
 
+@pytest.mark.parametrize("encoding", [None, "utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
+def test_a_mark_at_the_beginning_is_not_text(encoding: str | None, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(f"\ufeff{PLAIN}".encode((encoding or "utf-8").removesuffix("-sig")))
+    assert book.read(tmp_path / "a.txt", encoding).text == PLAIN
+
+
 @pytest.mark.parametrize(
     ("name", "data", "reason"),
     [
@@ -103,6 +109,8 @@ def run(text: str) -> str:
         (f"<w:moveFrom>{run('gone ')}</w:moveFrom><w:moveTo>{run('here')}</w:moveTo>", "here"),
         (f"{run('To ')}<w:sdt><w:sdtContent>{run('whom')}</w:sdtContent></w:sdt>", "To whom"),
         (f"{run('a')}<w:hyperlink>{run('link')}</w:hyperlink><w:r><w:br/><w:t>b</w:t></w:r>", "alink\nb"),
+        (f'{run("a")}<w:r><w:br w:type="page"/></w:r>{run("b")}', "a\nb"),
+        (f'{run("a")}<w:r><w:br w:type="column"/></w:r>{run("b")}<w:r><w:br w:type="page"/></w:r>', "a\nb"),
         (f'<w:pPr><w:tabs><w:tab w:val="left" w:pos="9"/></w:tabs></w:pPr>{run("a")}', "a"),
         (
             f"<w:r><w:ruby><w:rt>{run('ねこ')}</w:rt><w:rubyBase>{run('猫')}</w:rubyBase></w:ruby></w:r>",
@@ -172,6 +180,51 @@ def test_an_epub_is_read_as_it_was_written(tmp_path: Path) -> None:
     headings = [root.findtext(".//{*}h1") for name, root in sorted(roots.items()) if "chapter" in name]
     assert headings == ["One", "Two & three"]
     assert other_epub.read_epub(str(tmp_path / "a.epub"), {"ignore_ncx": True}).title == "A <book>"
+
+
+def with_page(tmp_path: Path, page: bytes) -> Path:
+    """An EPUB whose only page is this one."""
+    epub.write(tmp_path / "plain.epub", "A", chapters.split("Text."))
+    with (
+        zipfile.ZipFile(tmp_path / "plain.epub") as source,
+        zipfile.ZipFile(tmp_path / "a.epub", "w") as target,
+    ):
+        for info in source.infolist():
+            is_page = info.filename.endswith("chapter-001.xhtml")
+            target.writestr(info, page if is_page else source.read(info))
+    return tmp_path / "a.epub"
+
+
+@pytest.mark.parametrize(
+    ("coding", "declared", "text"),
+    [
+        ("utf-8", "utf-8", "Café — 猫"),
+        ("utf-8-sig", "utf-8", "Café — 猫"),
+        ("utf-8", "", "Café — 猫"),
+        ("utf-16", "utf-16", "Café — 猫"),
+        ("utf-16", "", "Café — 猫"),
+        ("iso-8859-1", "ISO-8859-1", "Café"),
+        ("cp1252", "windows-1252", "Café — “oui”"),
+        ("shift_jis", "Shift_JIS", "吾輩は猫である"),
+        ("ascii", "utf-16", "It only says so."),
+        ("ascii", "x-unknown", "It is in nothing that we know."),
+    ],
+)
+def test_an_epub_page_is_in_the_encoding_that_it_says(
+    coding: str, declared: str, text: str, tmp_path: Path
+) -> None:
+    said = f"<?xml version='1.0' encoding='{declared}'?>" if declared else ""
+    page = (
+        f'{said}<html xmlns="http://www.w3.org/1999/xhtml"><body><h1>{text}</h1><p>{text}</p></body></html>'
+    )
+    path = with_page(tmp_path, page.encode(coding))
+    assert book.read(path).text == f"# {text}\n\n{text}\n"
+
+
+def test_an_epub_page_of_html_is_read_as_such(tmp_path: Path) -> None:
+    page = '<html><head><meta charset="iso-8859-1"/></head><body>Words of its own.<p>Café</p></body></html>'
+    path = with_page(tmp_path, page.encode("iso-8859-1"))
+    assert book.read(path).text == "Words of its own.\n\nCafé\n"
 
 
 def test_control_characters_do_not_break_an_epub(tmp_path: Path) -> None:

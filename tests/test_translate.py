@@ -3,9 +3,11 @@
 import copy
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from templora.errors import InvalidTemplate, InvalidText
 from templora.events import ChunkLearned, ChunkScored, ChunkSkipped, Event, PassageTranslated, Warned
 from templora.formats import bilingual
 from templora.formats.bilingual import Segment
+from templora.journal import sealed
 from templora.tasks.checks import problem
 from templora.tasks.passages import assembled, blocks
 from templora.tasks.translate import Passage, Translator
@@ -452,13 +455,252 @@ def test_drafts_to_edit_are_there_whenever_they_are_asked_for(tiny: str, here: P
 
 
 def test_review_asks_about_each_passage(tiny: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Path("editor.sh").write_text('#!/bin/sh\necho "Su Mian came." > "$1"\n')
-    Path("editor.sh").chmod(0o755)
-    monkeypatch.setenv("EDITOR", str(here / "editor.sh"))
-    monkeypatch.delenv("VISUAL", raising=False)
+    editor('echo "Su Mian came." > "$1"', monkeypatch)
     run(f"{arguments(tiny)} --review", answers="what\ne\na\na\na\na\n")
     assert origins() == ["correction"] + ["accepted"] * 4
     assert Path("out.txt").read_text("utf-8").splitlines()[0] == "Su Mian came."
+
+
+def refused(line: str, *reasons: str) -> None:
+    done = CliRunner().invoke(app, ["translate", *line.split()])
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1), done.output
+    assert all(reason in done.stderr for reason in reasons), done.stderr
+
+
+def begin_anew() -> None:
+    Path("out.txt").unlink()
+    shutil.rmtree("out.txt.session")
+
+
+def test_corrections_outlive_their_session(tiny: str, here: Path) -> None:
+    line = f"{arguments(tiny)} --corrections fixes"
+    run(f"{line} --references en.txt")
+    Path("fixes/00001.txt").write_text("Corrected by me.\n", "utf-8")
+    Path("fixes/00002.txt").write_text("\n", "utf-8")
+    Path("fixes/00003.txt").unlink()
+    begin_anew()
+    done = run(line)
+    assert "fixes holds translations of passages to come" in done.stderr
+    assert Path("fixes/00001.txt").read_text("utf-8") == "Corrected by me.\n"
+    assert origins() == ["reference", "reference", "own", "own", "reference"]
+    lines = Path("out.txt").read_text("utf-8").splitlines()
+    assert (lines[0], lines[1], lines[4]) == (PAIRS[0][1], "Corrected by me.", PAIRS[4][1])
+    assert Path("fixes/00003.txt").read_text("utf-8").strip() == lines[3]
+    assert "passages to come" not in run(line).stderr
+
+
+@pytest.mark.parametrize("sources", [True, False])
+def test_files_of_another_translation_are_no_corrections(sources: bool, tiny: str, here: Path) -> None:
+    line = f"{arguments(tiny)} --corrections fixes"
+    run(f"{line} --references en.txt")
+    if sources:
+        Path("de.txt").write_text("Ein anderes Buch.\n", "utf-8")
+    else:
+        for path in Path("fixes").glob("*.source.txt"):
+            path.unlink()
+        run(line)  # of passages that are translated they may be gone
+    begin_anew()
+    refused(line, "fixes/00000.txt is no passage of this translation; choose another --corrections")
+    assert Path("fixes/00000.txt").read_text("utf-8").strip() == PAIRS[0][1]
+    assert not Path("out.txt.session").exists()
+
+
+def test_a_translation_that_a_person_has_edited_is_not_overwritten(tiny: str, here: Path) -> None:
+    run(arguments(tiny))
+    written = Path("out.txt").read_bytes()
+    run(arguments(tiny))
+    Path("out.txt").write_text("MY EDIT\n", "utf-8")
+    with Path("de.txt").open("a", encoding="utf-8") as file:
+        file.write("Das war das Ende.\n")
+    refused(arguments(tiny), "out.txt was changed since it was written; move it away, or ")
+    assert Path("out.txt").read_text("utf-8") == "MY EDIT\n"
+    Path("out.txt").rename("mine.txt")
+    run(arguments(tiny))
+    assert Path("out.txt").read_bytes().startswith(written)
+    Path("out.txt").write_bytes(written)  # an earlier one is this translation's, too
+    run(arguments(tiny))
+    assert len(Path("out.txt").read_text("utf-8").splitlines()) == len(PAIRS) + 1
+
+
+def test_what_is_edited_while_others_are_translated_stays(
+    tiny: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(arguments(tiny))
+    with Path("de.txt").open("a", encoding="utf-8") as file:
+        file.write("Das war das Ende.\n")
+    editor("echo Done. > $1; echo MY EDIT > out.txt", monkeypatch)
+    done = CliRunner().invoke(app, ["translate", *arguments(tiny).split(), "--review"], input="e\n")
+    assert done.exit_code == 2 and "out.txt was changed since it was written" in done.stderr
+    assert Path("out.txt").read_text("utf-8") == "MY EDIT\n"
+    Path("out.txt").unlink()
+    run(arguments(tiny))
+    assert Path("out.txt").read_text("utf-8").splitlines()[-1] == "Done."
+
+
+def test_a_session_of_old_does_not_say_what_it_wrote(tiny: str, here: Path) -> None:
+    run(arguments(tiny))
+    lines = [json.loads(line) for line in Path("out.txt.session/journal.jsonl").read_text().splitlines()]
+    crc = 0
+    with Path("out.txt.session/journal.jsonl").open("wb") as file:
+        for line in lines[:-1]:  # the last one says what was written
+            data, crc = sealed({k: v for k, v in line.items() if k not in ("crc", "digest")}, crc)
+            file.write(data)
+    assert [line for line in journal() if line["op"] == "out"] == [{"op": "out", "name": "../out.txt"}]
+    run(arguments(tiny))
+    Path("out.txt").write_text("MY EDIT\n", "utf-8")
+    refused(arguments(tiny), "out.txt was changed since it was written")
+
+
+def test_the_beginning_of_a_source_is_not_the_source(tiny: str, here: Path) -> None:
+    run(arguments(tiny))
+    whole, text = Path("out.txt").read_bytes(), Path("de.txt").read_bytes()
+    Path("de.txt").write_bytes(b"".join(text.splitlines(keepends=True)[:3]))
+    reason = "de.txt has 3 passages, out.txt.session has translated 5"
+    refused(arguments(tiny), reason)
+    assert Path("out.txt").read_bytes() == whole
+    elsewhere = arguments(tiny).replace("--out out.txt", "--out new.txt --session out.txt.session")
+    refused(elsewhere, reason)
+    Path("de.txt").write_bytes(text)
+    Path("new.txt").write_text("Dear diary", "utf-8")
+    refused(elsewhere, "new.txt exists and is never overwritten")
+
+
+def full(folder: Path) -> None:
+    """No file is written beyond its first bytes, as on a disk without room."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, resource.RLIM_INFINITY))
+
+
+def blocked(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("no room here")
+
+
+@pytest.mark.parametrize("spoil", [full, blocked])
+def test_a_version_that_cannot_be_saved_is_a_warning(
+    spoil: Callable[[Path], None], tiny: str, here: Path
+) -> None:
+    run(arguments(tiny))
+    with Path("de.txt").open("a", encoding="utf-8") as file:
+        file.write("Das war das Ende.\n")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    spoil(Path("out.txt.session/versions"))
+    try:
+        done = run(arguments(tiny))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "warning: cannot save" in done.stderr and "the translations themselves are safe" in done.stderr
+    assert len(Path("out.txt").read_text("utf-8").splitlines()) == len(PAIRS) + 1
+
+
+def editor(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("editor.sh").write_text(f"#!/bin/sh\n{script}\n")
+    Path("editor.sh").chmod(0o755)
+    monkeypatch.setenv("EDITOR", "./editor.sh")
+    monkeypatch.delenv("VISUAL", raising=False)
+
+
+@pytest.mark.parametrize("script", ["exit 1", "rm editor.sh; exit 1", "printf '\\344' > $1"])
+def test_a_failing_editor_costs_nothing(
+    script: str, tiny: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    editor(script, monkeypatch)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    done = run(f"{arguments(tiny)} --review", answers="e\ne\na\na\na\na\na\n")
+    assert done.stderr.count("edit it again, accept the draft, or stop") == 2
+    assert origins() == ["accepted"] * 5
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_who_stops_reviewing_keeps_what_is_done(tiny: str, here: Path) -> None:
+    line = [*arguments(tiny).split(), "--review"]
+    done = CliRunner().invoke(app, ["translate", *line], input="")
+    assert done.exit_code == 130 and "go on with the same command" in done.stderr
+    assert not Path("out.txt").exists()
+    done = CliRunner().invoke(app, ["translate", *line], input="a\na\n")
+    assert done.exit_code == 130 and "2 of 5 passages are in out.txt" in done.stderr
+    lines = Path("out.txt").read_text("utf-8").splitlines()
+    assert [bool(line) for line in lines] == [True, True, False, False, False]
+    assert "5 of 5 passages are in out.txt" in run(f"{arguments(tiny)} --review", answers="a\na\na\n").stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_ends_a_prompt(number: signal.Signals, tiny: str, here: Path) -> None:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command(f"{arguments(tiny)} --review"), **pipes) as process:
+        assert process.stdin is not None and process.stderr is not None
+        process.stdin.write(b"a\n")
+        process.stdin.flush()
+        said = b""
+        while said.count(b"[e]dit") < 2:
+            said += process.stderr.read(1)
+        process.send_signal(number)
+        assert b"1 of 5 passages are in out.txt" in process.stderr.read()
+    assert process.returncode == 130
+    assert len(journal()) == 3, "out, the passage, what was written"
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_gone_does_not_cost_the_file(tiny: str, here: Path) -> None:
+    line = command(arguments(tiny).replace(" --quiet", ""))
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()
+    assert process.returncode == 1
+    assert Path("out.txt").read_text("utf-8").splitlines()[0]
+
+
+def test_an_error_on_the_way_does_not_cost_the_file(
+    tiny: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    editor('rm -r fixes; echo Mine. > "$1"', monkeypatch)
+    line = [*arguments(tiny).split(), "--corrections", "fixes", "--review"]
+    done = CliRunner().invoke(app, ["translate", *line], input="a\ne\n")
+    assert done.exit_code == 2 and "cannot write in fixes" in done.stderr
+    assert Path("out.txt").read_text("utf-8").splitlines()[1:] == ["Mine.", "", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "sizes"),
+    [
+        ("", "", (64, 64, 64)),  # of 128 positions
+        ("", "--set window=40 --set chunk=30", (40, 30, 40)),
+        ("", "--set context=20 --window 40", (40, 64, 20)),
+        ("window: 50\n", "", (50, 64, 50)),
+        ("window: 50\nchunk: 30\ncontext: 20\n", "", (50, 30, 20)),
+        ("window: 50\nchunk: 30\n", "--window 40 --chunk 24", (40, 24, 40)),
+        ("window: 50\n", "--set window=60", (60, 64, 60)),
+    ],
+)
+def test_sizes_are_the_users_where_there_are_any(
+    recipe: str, options: str, sizes: tuple[int, int, int], tiny: str, here: Path
+) -> None:
+    Path("mine.yaml").write_text(f"epochs: 2\n{recipe}", "utf-8")
+    line = f"de.txt --from de --to en --out out.txt --model {tiny} -q --references en.txt --recipe mine.yaml"
+    run(f"{line} {options}")
+    found = json.loads(Path("out.txt.session/session.json").read_text("utf-8"))["recipe"]
+    assert (found["window"], found["chunk"], found["context"]) == sizes
+
+
+def test_drafts_beside_references_can_be_reviewed(tiny: str, here: Path) -> None:
+    Path("part.tsv").write_text(lacking(1), "utf-8")
+    run(f"{arguments(tiny)} --references part.tsv --review", answers="a\n")
+    assert origins() == ["reference", "accepted", "reference", "reference", "reference"]
+
+
+def test_a_translation_goes_into_a_folder_that_is_not_there_yet(tiny: str, here: Path) -> None:
+    run(arguments(tiny).replace("--out out.txt", "--out new/out.txt --session s"))
+    assert Path("new/out.txt").exists()
+
+
+def test_a_guessed_encoding_is_said(tiny: str, here: Path) -> None:
+    Path("de.txt").write_bytes("Als er aus unruhigen Träumen erwachte, regnete es.\n".encode("cp1252") * 9)
+    Path("en.txt").write_bytes("The café was closed — “never mind,” she said.\n".encode("cp1252") * 9)
+    done = run(arguments(tiny).replace("--passage 30", "--passage 60") + " --references en.txt")
+    assert "de.txt is not UTF-8; read as cp125" in done.stderr
+    assert "en.txt is not UTF-8; read as cp125" in done.stderr
+    assert "café" in Path("out.txt").read_text("utf-8")
 
 
 @pytest.mark.parametrize(
@@ -473,6 +715,13 @@ def test_review_asks_about_each_passage(tiny: str, here: Path, monkeypatch: pyte
         ("de.txt --from de --to en --out o.txt --prompt-template x", "no template 'x'"),
         ("three.tsv --from de --to en --out o.txt", "a TSV file has source and target"),
         ("de.txt --from de --to en --out o.txt --references blank.tsv", "blank.tsv holds no translations"),
+        ("de.txt --from de --to en --out o.docx", "o.docx cannot be made; choose .txt, "),
+        ("de.txt --from de --to en --out o.txt.xz", "o.txt.xz cannot be made; choose .txt, "),
+        ("de.txt --from de --to en --out de.txt/o.txt --session o.txt.session", "cannot make de.txt: "),
+        (f"de.txt --from de --to en --out {'o' * 252} --session o.txt.session", "cannot write ooo"),
+        ("de.txt --from de --to en --out o.txt --window 0", "recipe key window: "),
+        ("de.txt --from de --to en --out o.txt --chunk 0", "recipe key chunk: "),
+        ("de.txt --from de --to en --out o.txt --references en.txt --review", "leaves no draft to review"),
     ],
 )
 def test_what_cannot_work_is_one_line(line: str, reason: str, tiny: str, here: Path) -> None:

@@ -97,7 +97,7 @@ def guofeng(
         if not score_only:
             quality.see_ready(comet_python)
         base = load_base(model, None, None)
-        sizes = translation_sizes(window, chunk, base.positions)
+        sizes = translation_sizes(load_recipe(recipe, [], {}), window, chunk, base.positions)
         ready = load_recipe(recipe, [], sizes)
         outcomes: list[bench.Outcome] = []
         for work, k, free in product(works, pairs or [1, 3], (False,) if score_only else (False, True)):

@@ -32,10 +32,19 @@ def load_recipe(name: str, pairs: list[str], sizes: dict[str, int | None]) -> Re
     return recipe.load(name, recipe.parse_pairs(pairs) | {k: v for k, v in sizes.items() if v is not None})
 
 
-def translation_sizes(window: int | None, chunk: int | None, positions: int | None) -> dict[str, int | None]:
-    """Half of the positions for the prompt, half for the translation, unless the user says otherwise."""
+def translation_sizes(
+    recipe: Recipe, window: int | None, chunk: int | None, positions: int | None
+) -> dict[str, int | None]:
+    """Half of the positions for the prompt, half for the translation, unless the user says otherwise.
+
+    recipe: as the user gave it; a size that is fixed there stays, unless an option names it as well.
+    """
     half = min(2048, (positions or 4096) // 2)
-    return {"window": window or half, "context": window or half, "chunk": chunk or half}
+    named = {"window": window, "chunk": chunk}
+    first = recipe.window if "window" in recipe.fixed else half
+    first = first if window is None else window
+    sizes = {"window": first, "context": first, "chunk": half if chunk is None else chunk}
+    return {k: v for k, v in sizes.items() if named.get(k) is not None or k not in recipe.fixed}
 
 
 def sampling_for(session: "Session", wishes: dict[str, Any]) -> "Sampling":

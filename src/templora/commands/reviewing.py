@@ -1,7 +1,9 @@
 """Where a person comes in while a book is translated: asked about a passage, or editing files beside it."""
 
 import csv
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,20 +14,42 @@ from templora.commands.running import make_folder, say
 from templora.errors import InvalidText, OutputError
 
 if TYPE_CHECKING:
+    from templora.tasks.passages import Block
     from templora.tasks.translate import Translated
 
 
 def ask(source: str, draft: str) -> str:
-    """The draft as a person accepted or edited it, in $EDITOR."""
+    """The draft as a person accepted or edited it, in $EDITOR.
+
+    Raises:
+        typer.Abort: the person has had enough.
+    """
     say(f"\n{source}\n")
     say(draft)
     while True:
-        answer = typer.prompt("[a]ccept, [e]dit", default="a", err=True).strip().lower()
+        with _stopping():
+            answer = typer.prompt("[a]ccept, [e]dit", default="a", err=True).strip().lower()
         if answer in ("a", "accept"):
             return draft
         if answer in ("e", "edit"):
-            edited = click.edit(f"{draft}\n")
+            try:
+                edited = click.edit(f"{draft}\n")
+            except (click.ClickException, UnicodeDecodeError) as error:
+                say(f"{error}; edit it again, accept the draft, or stop and set EDITOR to another editor")
+                continue
             return draft if edited is None else edited.strip()
+
+
+@contextmanager
+def _stopping() -> Generator[None]:
+    """A signal ends a prompt: to note it for later, as elsewhere, would leave the person waiting."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 class Folder:
@@ -38,34 +62,61 @@ class Folder:
     def changed(self, records: "Sequence[Translated]") -> Iterator[tuple[int, str]]:
         """Passages whose file says something else than what was learned."""
         for number, record in enumerate(records):
-            path = self._target(number)
-            if path.exists():
-                target = _read(path).strip()
-                if target and target != record.target.strip():
-                    yield number, target
+            target = _read(self._target(number)).strip()
+            if target and target != record.target.strip():
+                yield number, target
+
+    def check(self, parts: "Sequence[Block]", *, begun: bool) -> None:
+        """See that what is there belongs to these passages, before any is translated.
+
+        begun: some of them are. Of those, a person may have thrown away the sources.
+
+        Raises:
+            OutputError: it is another translation's.
+        """
+        for number, part in enumerate(parts):
+            there = _read(self._target(number)).strip() and (not begun or self._source(number).exists())
+            if there and not self._is_of(number, part):
+                raise OutputError(
+                    f"{self._target(number)} is no passage of this translation; choose another --corrections"
+                )
+
+    def given(self, number: int, part: "Block") -> str | None:
+        """What is there for a passage before it is translated: from a session that is gone, say."""
+        return (_read(self._target(number)).strip() or None) if self._is_of(number, part) else None
 
     def complete(self, records: "Sequence[Translated]") -> None:
         """Files for passages that have none: from runs without this folder, or that were killed."""
         for number, record in enumerate(records):
-            if not self._target(number).exists():
-                self.store(number, record)
+            self.store(number, record)
 
     def store(self, number: int, record: "Translated") -> None:
-        """The translation to edit, and its source to look at."""
+        """The translation to edit, and its source to look at. What a person may have written stays."""
+        if _read(self._target(number)).strip():
+            return
         try:
             # The source first: where the translation is there, both are.
-            (self.path / f"{number:05}.source.txt").write_text(record.source + "\n", "utf-8")
+            self._source(number).write_text(record.source + "\n", "utf-8")
             self._target(number).write_text(record.target + "\n", "utf-8")
         except OSError as error:
             raise OutputError(f"cannot write in {self.path}: {error.strerror}; free some space") from error
+
+    def _is_of(self, number: int, part: "Block") -> bool:
+        return _read(self._source(number)).strip() == part.source.strip()
+
+    def _source(self, number: int) -> Path:
+        return self.path / f"{number:05}.source.txt"
 
     def _target(self, number: int) -> Path:
         return self.path / f"{number:05}.txt"
 
 
 def _read(path: Path) -> str:
+    """A file's text, "" where there is no file."""
     try:
         return path.read_text("utf-8-sig")  # Windows' editors put a mark before it
+    except FileNotFoundError:
+        return ""
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidText(f"cannot read {path}: {error}; save it in UTF-8") from error
 

@@ -1,9 +1,11 @@
 """`templora translate`: a book from one language to another, learned on the way."""
 
 import shlex
-from collections.abc import Iterator
-from contextlib import ExitStack
+import signal
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,10 +15,12 @@ from templora.commands.inputs import load_base, load_recipe, translation_sizes
 from templora.commands.opening import exists
 from templora.commands.options import Device, Dtype, Model, Pairs, RecipeName
 from templora.commands.reviewing import Folder, ask, terms_of
-from templora.commands.running import INTERRUPTED, interruptible, one_line_errors, say
-from templora.errors import InvalidText, OutputError
+from templora.commands.running import INTERRUPTED, interruptible, make_folder, one_line_errors, say
+from templora.errors import InvalidRecipe, InvalidText, OutputError, TemploraError
 
 if TYPE_CHECKING:
+    from templora.events import Event
+    from templora.formats.bilingual import Document
     from templora.tasks.ledger import Ledger
     from templora.tasks.passages import Block
     from templora.tasks.translate import Translator
@@ -70,14 +74,18 @@ def translate(
         is_source = out.exists() and source.exists() and out.samefile(source)
         if is_source or (out.exists() and not exists(folder)):
             raise OutputError(f"{out} exists and is never overwritten; choose another --out")
-        bilingual.check(out, source)
-        document = bilingual.read(source, (from_, to))
+        document = _read(source, (from_, to))
         sources = [segment.source for segment in document.segments]
         if not any(text.strip() for text in sources):
             raise InvalidText(f"{source} holds no text; give a file that does")
         given = None if references is None else _references(references, len(sources), (from_, to))
+        if review and given and all(g for g, text in zip(given, sources, strict=True) if text.strip()):
+            raise InvalidRecipe(f"{references} leaves no draft to review; leave out --review or --references")
+        make_folder(out.parent, "--out")
+        bilingual.check(out, source)
+        chosen = load_recipe(recipe, set_ or [], {"window": window, "chunk": chunk})
         base = load_base(model, dtype, device)
-        sizes = translation_sizes(window, chunk, base.positions)
+        sizes = translation_sizes(chosen, window, chunk, base.positions)
         made = base.session(load_recipe(recipe, set_ or [], sizes), seed=seed)
         stack.callback(made.discard)
         translator = Translator(
@@ -100,16 +108,22 @@ def translate(
             "passage": budget,
             "terms": translator.terms,
         }
+        job = _Job(source, out, parts, given, Folder(corrections) if corrections else None, quiet)
+        if job.corrections:
+            job.corrections.check(parts, begun=exists(folder))
         ledger = _opened(folder, translator, settings)
         stack.callback(ledger.close)
+        job.check(ledger)
         ledger.writes_to(out)
-        job = _Job(source, out, parts, given, Folder(corrections) if corrections else None, quiet)
         interrupted = stack.enter_context(interruptible())
-        for _ in job.run(ledger, translator, interrupted):
-            pass
-        _write(job, document, [record.target for record in ledger.records], (from_, to))
-        done = len(ledger.records)
-        say(f"{done} of {len(parts)} passages are in {shlex.quote(str(out))}; the session is {folder}")
+        try:
+            for _ in job.run(ledger, translator, interrupted):
+                pass
+        except BaseException:
+            with suppress(TemploraError):  # what went wrong first is what is said
+                _write(job, document, ledger, (from_, to))
+            raise
+        _write(job, document, ledger, (from_, to))
         if interrupted:
             say("interrupted; go on with the same command")
             raise typer.Exit(INTERRUPTED)
@@ -128,29 +142,34 @@ class _Job:
 
     def run(self, ledger: "Ledger", translator: "Translator", interrupted: list[int]) -> Iterator[None]:
         """Passage after passage, until all are done or someone asks to stop."""
-        from templora.events import ChunkScored, Warned
+        from templora.events import ChunkScored
         from templora.metrics import Tally, count
         from templora.report import ScoreStatus
         from templora.tasks.translate import Passage
 
-        self._check(ledger)
         if self.corrections:
             for number, target in self.corrections.changed(ledger.records):
                 ledger.correct(number, target)
                 say(f"passage {number} was corrected; what follows is learned anew")
             self.corrections.complete(ledger.records)
-        for event in ledger.restore(translator):
-            if isinstance(event, Warned):
-                say(f"warning: {event.message}")
+        _warn(ledger.restore(translator))
+        left = enumerate(self.parts[len(ledger.records) :], len(ledger.records))
+        if self.corrections and any(self.corrections.given(number, part) for number, part in left):
+            say(f"{self.corrections.path} holds translations of passages to come: learned as they are")
         base, adapted = Tally(), Tally()
         with ScoreStatus(self.source.name, 0) as status:
             for part in self.parts[len(ledger.records) :]:
                 if interrupted:
                     return
                 passage = Passage(part.source, self._reference(part, len(ledger.records)))
-                for event in ledger.translate(translator, passage):
-                    if isinstance(event, Warned):
-                        say(f"warning: {event.message}")
+                try:
+                    events = ledger.translate(translator, passage)
+                except typer.Abort:  # at the question about a draft
+                    say("")
+                    interrupted.append(signal.SIGINT)
+                    return
+                _warn(events)
+                for event in events:
                     if isinstance(event, ChunkScored):
                         count(event, base, adapted)
                 record = ledger.records[-1]
@@ -160,13 +179,15 @@ class _Job:
                     self.corrections.store(len(ledger.records) - 1, record)
                 status.passages(len(ledger.records), len(self.parts), base, adapted)
                 yield
-        ledger.save(translator)
+        _warn(ledger.save(translator))
         if adapted.perplexity and base.perplexity:
             change = 100 * (adapted.perplexity / base.perplexity - 1)
             say(f"perplexity base {base.perplexity:.2f}, adapter {adapted.perplexity:.2f} ({change:+.1f} %)")
 
     def _reference(self, part: "Block", number: int) -> str | None:
         """The given translation of a passage, a line a segment; None: it must be drafted."""
+        if self.corrections and (corrected := self.corrections.given(number, part)):
+            return corrected
         if self.given is None:
             return None
         lines = [self.given[place] for place in part.places]
@@ -178,13 +199,23 @@ class _Job:
             say(f"warning: passage {number}: {lacking}; the model translates all of it")
         return None
 
-    def _check(self, ledger: "Ledger") -> None:
+    def check(self, ledger: "Ledger") -> None:
+        """See that what is translated already is of this source.
+
+        Raises:
+            InvalidText: it is of another one.
+        """
         for number, (part, record) in enumerate(zip(self.parts, ledger.records, strict=False)):
             if part.source != record.source:
                 raise InvalidText(
                     f"passage {number} of {self.source} is not what {ledger.folder} has translated; give the "
                     "same source, or another --session"
                 )
+        if len(ledger.records) > len(self.parts):
+            raise InvalidText(
+                f"{self.source} has {len(self.parts)} passages, {ledger.folder} has translated "
+                f"{len(ledger.records)}; give the same source, or another --session"
+            )
 
 
 def _opened(folder: Path, translator: "Translator", settings: dict[str, Any]) -> "Ledger":
@@ -206,13 +237,37 @@ def _opened(folder: Path, translator: "Translator", settings: dict[str, Any]) ->
     return ledger
 
 
-def _write(job: _Job, document: Any, targets: list[str], languages: tuple[str, str]) -> None:
-    """The whole document with what is translated so far."""
+def _warn(events: "Iterable[Event]") -> None:
+    from templora.events import Warned
+
+    for event in events:
+        if isinstance(event, Warned):
+            say(f"warning: {event.message}")
+
+
+def _write(job: _Job, document: "Document", ledger: "Ledger", languages: tuple[str, str]) -> None:
+    """The whole document with what is translated so far, if anything is."""
     from templora.formats import bilingual
     from templora.tasks.passages import assembled
 
+    if not ledger.records:
+        return
+    targets = [record.target for record in ledger.records]
     lines = assembled(job.parts, targets, len(document.segments), languages[1])
-    bilingual.write(job.out, document.translated(lines, *languages), job.source, overwrite=True)
+    whole = document.translated(lines, *languages)
+    ready = partial(ledger.writes, job.out)
+    bilingual.write(job.out, whole, job.source, overwrite=True, ready=ready)
+    place = shlex.quote(str(job.out))
+    say(f"{len(targets)} of {len(job.parts)} passages are in {place}; the session is {ledger.folder}")
+
+
+def _read(path: Path, languages: tuple[str, str]) -> "Document":
+    from templora.formats import bilingual
+
+    document = bilingual.read(path, languages)
+    if document.guessed:
+        say(f"{path} is not UTF-8; read as {document.guessed} (if that is wrong, convert it to UTF-8)")
+    return document
 
 
 def _references(path: Path, segments: int, languages: tuple[str, str]) -> list[str]:
@@ -223,7 +278,7 @@ def _references(path: Path, segments: int, languages: tuple[str, str]) -> list[s
     """
     from templora.formats import bilingual
 
-    found = bilingual.read(path, languages).segments
+    found = _read(path, languages).segments
     if len(found) != segments:
         raise InvalidText(f"{path} has {len(found)} segments, the source {segments}; they must match")
     # In a file of one column the lines themselves are the translations; elsewhere they are the sources.

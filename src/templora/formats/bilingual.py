@@ -14,6 +14,8 @@ from templora.formats.extra import needed
 TOOLKIT = {".tmx": ("tmx", "tmxfile"), ".xlf": ("xliff", "xlifffile"), ".xliff": ("xliff", "xlifffile")}
 XML_LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
 Languages = tuple[str | None, str | None]  # of the source, of the target
+# What would be plain text under the name of something else.
+NO_TEXT = frozenset((".docx", ".doc", ".odt", ".rtf", ".pdf", ".mobi", ".azw3", ".xz", ".gz", ".bz2", ".zip"))
 ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
 
 
@@ -31,11 +33,13 @@ class Document:
 
     languages: source and target as the file names them, where it does.
     asked: those that it was read for; to write into a copy of the file finds the same segments with them.
+    guessed: the encoding, where it had to be guessed.
     """
 
     segments: list[Segment]
     languages: Languages = (None, None)
     asked: Languages = (None, None)
+    guessed: str | None = None
 
     def translated(self, targets: Sequence[str], source: str, target: str) -> "Document":
         """The same with these translations; an empty one leaves what was there."""
@@ -65,28 +69,40 @@ def read(path: Path, languages: Languages = (None, None)) -> Document:
         return Document([Segment(text) for text in epub_pages.read(path)])
     if suffix in TOOLKIT:
         return _from_toolkit(path, languages)
-    lines = book.decoded(path).replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
-    return Document([_row(line, path) if suffix == ".tsv" else Segment(line) for line in lines])
+    plain = book.plain(path)
+    lines = plain.text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
+    segments = [_row(line, path) if suffix == ".tsv" else Segment(line) for line in lines]
+    return Document(segments, guessed=plain.guessed)
 
 
-def write(path: Path, document: Document, original: Path, *, overwrite: bool = False) -> None:
+def write(
+    path: Path,
+    document: Document,
+    original: Path,
+    *,
+    overwrite: bool = False,
+    ready: Callable[[Path], None] | None = None,
+) -> None:
     """A document as the kind of file that the name says; it appears whole or not at all.
 
     Args:
         original: what it was read from. Of the same kind, its structure is kept: XLIFF's groups and notes,
             an EPUB's pages and pictures. `.html` and `.md` show source and target side by side.
+        ready: is shown the whole file before it takes its name.
 
     Raises:
         OutputError: it exists and may not be overwritten, or it cannot be written, or not as this kind.
     """
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists; choose another name")
-    part = path.with_name(f".{path.name}.part")
+    part = _part(path)
     try:
         _writer(path, original)(part, document, original)
+        if ready:
+            ready(part)
         os.replace(part, path)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; choose another name") from error
+        raise _cannot_write(path, error) from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -95,9 +111,22 @@ def check(path: Path, original: Path) -> None:
     """Whether a file of that name could be made, before any work starts.
 
     Raises:
-        OutputError: not as this kind.
+        OutputError: not as this kind, or not there.
     """
     _writer(path, original)
+    try:
+        _part(path).touch()
+        _part(path).unlink()
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
+def _cannot_write(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"cannot write {path}: {error.strerror or error}; choose another name")
 
 
 def _writer(path: Path, original: Path) -> Callable[[Path, Document, Path], None]:
@@ -106,6 +135,8 @@ def _writer(path: Path, original: Path) -> Callable[[Path, Document, Path], None
         if original.suffix.lower() != ".epub":
             raise OutputError(f"{path.name} can be made of an EPUB only; choose .txt or .html")
         return _epub
+    if suffix in NO_TEXT:
+        raise OutputError(f"{path.name} cannot be made; choose .txt, .html, .md, .tsv, .tmx or .xlf")
     if suffix in TOOLKIT:
         return lambda part, document, original: _with_toolkit(part, suffix, document, original)
     if suffix in (".html", ".md"):
@@ -202,7 +233,13 @@ def _plain(language: str) -> str:
 
 
 def _units(store: Any) -> list[Any]:
-    return [unit for unit in store.units if unit.istranslatable()]
+    return [unit for unit in store.units if unit.istranslatable() and _is_meant(unit.xmlelement)]
+
+
+def _is_meant(element: Any) -> bool:
+    """Whether it is to be translated: as the nearest says that says anything, such as the group round it."""
+    around = (outer.get("translate") for outer in (element, *element.iterancestors()))
+    return next(filter(None, around), "yes").lower() != "no"
 
 
 def _from_toolkit(path: Path, asked: Languages) -> Document:

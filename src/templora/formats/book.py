@@ -53,14 +53,14 @@ def _read(path: Path, encoding: str | None) -> Book:
             return _plain(path, encoding)
 
 
-def decoded(path: Path, encoding: str | None = None) -> str:
-    """The text of a plain or compressed (.xz) file as it is.
+def plain(path: Path) -> Book:
+    """A plain or compressed (.xz) file as it is.
 
     Raises:
         InvalidText: there is no such file, or it is not text.
     """
     try:
-        return _plain(path, encoding).text
+        return _plain(path, None)
     except OSError as error:
         raise InvalidText(f"cannot read {path}: {error.strerror}; check the name") from error
 
@@ -73,7 +73,8 @@ def _plain(path: Path, encoding: str | None) -> Book:
         except lzma.LZMAError as error:
             raise InvalidText(f"{path} is not a valid .xz file ({error}); unpack it by hand") from error
     try:
-        book = Book(data.decode(encoding or "utf-8-sig"))
+        # Only the default would take a mark at the beginning for one.
+        book = Book(data.decode(encoding or "utf-8").removeprefix("\ufeff"))
     except LookupError:
         raise InvalidText(f"there is no encoding {encoding!r}; say for example cp1252 or shift_jis") from None
     except UnicodeDecodeError as error:

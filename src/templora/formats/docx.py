@@ -67,7 +67,8 @@ def _cell(cell: Any) -> str:
 
 
 def _words(paragraph: Any) -> str:
-    return "".join(map(str, paragraph.xpath(WORDS)))
+    # A page may end in the middle of a paragraph; python-docx says nothing for that.
+    return "".join("\n" if _local(word) == "br" else str(word) for word in paragraph.xpath(WORDS))
 
 
 def _inside(element: Any, *names: str) -> Iterator[Any]:

@@ -1,5 +1,6 @@
 """EPUB in and out, through ebooklib."""
 
+import codecs
 import re
 import warnings
 import zipfile
@@ -17,6 +18,7 @@ BLOCKS = frozenset(
     re.findall(r"\w+", "p div h1 h2 h3 h4 h5 h6 li blockquote pre section article header footer tr hr dt dd")
 )
 SILENT = frozenset(("script", "style", "head", "title", "nav"))
+DECLARED = re.compile(rb"""(?:\xef\xbb\xbf)?<\?xml[^>]*?\sencoding\s*=\s*["']([\w.:-]+)""")
 
 
 def read(path: Path) -> str:
@@ -82,17 +84,35 @@ def _printable(text: str) -> str:
 def _page(item: Any, html: Any, etree: Any) -> str:
     if item is None or "nav" in (getattr(item, "properties", None) or []):
         return ""
-    content = item.get_content()
+    content: bytes = item.content  # as it is in the file: get_content() is without the declaration
     if not content.strip():
         return ""
+    text = _decoded(content)
     try:
-        root = html.document_fromstring(content)
+        if text is None:
+            root = html.document_fromstring(content)
+        else:
+            root = html.document_fromstring(text.encode(), html.HTMLParser(encoding="utf-8"))
     except etree.LxmlError:
         return ""
     blocks: list[list[str]] = [[]]
     _collect(root, blocks)
     joined = (re.sub(r"[ \t\r\n]+", " ", "".join(block)).replace("\v", "\n").strip() for block in blocks)
     return "\n\n".join(block for block in joined if block.strip("# "))
+
+
+def _decoded(content: bytes) -> str | None:
+    """A page as its mark or declaration says, which a parser of HTML ignores; None if that cannot be."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16", "replace")
+    declared = DECLARED.match(content)
+    try:
+        text = content.decode(declared[1].decode("ascii") if declared else "utf-8")
+    except (LookupError, UnicodeDecodeError):
+        return None
+    text = text.removeprefix("\ufeff")
+    # Pages that only say that they are in UTF-16 would be gibberish.
+    return text if not declared or text.startswith("<?xml") else None
 
 
 def _collect(element: Any, blocks: list[list[str]]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from templora.errors import InvalidText
-from templora.formats.book import decoded
+from templora.formats.book import plain
 
 Pair = tuple[str, str]
 
@@ -36,7 +36,7 @@ def read(path: Path) -> list[Excerpt]:
         InvalidText: it is not of that form.
     """
     try:
-        found: Any = json.loads(decoded(path))
+        found: Any = json.loads(plain(path).text)
         return [
             Excerpt(
                 _pairs(item["inference"]),

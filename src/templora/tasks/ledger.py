@@ -23,7 +23,7 @@ from templora.metrics import Tally
 from templora.recipe import Recipe
 from templora.sampling import Sampler
 from templora.tasks.translate import Passage, Translated, Translator
-from templora.versions import Pace, Version, Versions, sync
+from templora.versions import Pace, Version, Versions, checksum, sync
 
 
 class Ledger:
@@ -54,7 +54,7 @@ class Ledger:
             raise
         self.records: list[Translated] = []
         self.draws: list[int] = []
-        self._outs: set[str] = set()
+        self._outs: dict[str, set[str]] = {}  # name: checksums of what was written there
         self._pace = Pace()
         self._adapted, self._base = Tally(), Tally()
         for line in contents.lines:
@@ -95,15 +95,39 @@ class Ledger:
         """From now on that file is this translation's.
 
         Raises:
-            OutputError: it exists, and is another's.
+            OutputError: it exists, and is another's, or somebody has changed it.
         """
-        # From the folder, so that both may move; sessions of old do not say where they wrote.
-        name = os.path.relpath(out.absolute(), self.folder.absolute())
-        if name in self._outs:
-            return
-        if out.exists() and (self._outs or not self.records):
+        known = self._outs.get(self._name(out))
+        try:
+            found = checksum(out) if out.exists() else ""
+        except OSError as error:
+            raise OutputError(f"cannot read {out}: {error.strerror}; choose another --out") from error
+        # Sessions of old do not say where they wrote, or not what.
+        if found and known is None and (self._outs or not self.records):
             raise OutputError(f"{out} exists and is never overwritten; choose another --out")
-        self._journal.append({"op": "out", "name": name}, self._apply)
+        if found and known and found not in known:
+            raise OutputError(
+                f"{out} was changed since it was written; move it away, or put the changes into --corrections"
+            )
+        if not known:
+            self._note(out, found)
+
+    def writes(self, out: Path, part: Path) -> None:
+        """That file is about to take the place of `out`. Said before, so that a kill in between does no harm.
+
+        Raises:
+            OutputError: as `writes_to`; it may have changed while passages were translated.
+        """
+        self.writes_to(out)
+        if (digest := checksum(part)) not in self._outs[self._name(out)]:
+            self._note(out, digest)
+
+    def _name(self, out: Path) -> str:
+        """From the folder, so that both may move."""
+        return os.path.relpath(out.absolute(), self.folder.absolute())
+
+    def _note(self, out: Path, digest: str) -> None:
+        self._journal.append({"op": "out", "name": self._name(out), "digest": digest}, self._apply)
 
     def correct(self, passage: int, target: str) -> None:
         """A person has changed a translation."""
@@ -142,18 +166,11 @@ class Ledger:
         }
         self._journal.append(line, self._apply)
         if self._pace.due:
-            try:
-                self.save(translator)
-            except OutputError as error:
-                events.append(Warned("not_saved", f"{error}; the translations themselves are safe"))
+            events += self.save(translator)
         return events
 
-    def save(self, translator: Translator) -> None:
-        """Make a version of the adapter as it is now.
-
-        Raises:
-            OutputError: it could not be written.
-        """
+    def save(self, translator: Translator) -> list[Event]:
+        """Make a version of the adapter as it is now; or warn: it would only have spared time."""
         done = len(self.records)
         version = Version(
             number=self._versions.next_number(),
@@ -173,9 +190,11 @@ class Ledger:
                 study = translator.session.study
                 self._versions.save(version, lambda folder: snapshot.write(folder, study, done))
             self._versions.thin((), self.header["budget"])
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise OutputError(f"cannot save a version in {self.folder}: {reason}; free some space") from error
+        except (OSError, SafetensorError, OutputError) as error:
+            cause = getattr(error, "strerror", None) or str(error).partition(";")[0]
+            cure = "free some space (the translations themselves are safe)"
+            return [Warned("not_saved", f"cannot save a version in {self.folder}: {cause}; {cure}")]
+        return []
 
     def close(self) -> None:
         """Let other processes in."""
@@ -200,7 +219,9 @@ class Ledger:
             if line["base_nll"] is not None:
                 self._base.add(line["base_nll"], line["tokens"])
         elif line["op"] == "out":
-            self._outs.add(line["name"])
+            known = self._outs.setdefault(line["name"], set())
+            if "digest" in line:
+                known.add(line["digest"])
         elif line["op"] == "correct":
             old = self.records[line["passage"]]
             new = replace(old, target=line["target"], origin="correction", learned=True)
