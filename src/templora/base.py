@@ -1,6 +1,6 @@
 """The base: a frozen causal LM and its tokenizer, and the few ways in which it is run.
 
-It knows nothing of adapters: whoever runs it under one swaps modules in for that pass and out again.
+It runs no adapter by itself: whoever wants one swaps modules in for that pass and out again.
 Its parameters are never written to and never require a gradient while a session works.
 """
 

@@ -104,7 +104,7 @@ class DurableSession(Session):
         return Reading(len(self.ids), adapted.tokens, base.perplexity, adapted.perplexity)
 
     def editing(self, start: int, end: int, text: str, *, score_base: bool = False) -> Iterator[Event]:
-        """`edit`, as a generator of `ChunkScored` and `ChunkLearned` events."""
+        """`edit`, as a generator of events, as `reading`."""
         self._check_open()
         if not self.ids:
             self._give(self._prefix, "")

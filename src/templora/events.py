@@ -92,9 +92,10 @@ class ChunkSkipped(Event):
 
 @dataclass(frozen=True, slots=True)
 class RolledBack(Event):
-    """The guard went back to an earlier adapter version, and learns more slowly from here on.
+    """The guard went back to the adapter's last good version, or to the base where that was none for this
+    text any more, and learns more slowly from here on.
 
-    rate: what learning rates are multiplied by from now on.
+    version: the adapter's now. rate: what learning rates are multiplied by from now on.
     """
 
     kind: ClassVar[str] = "rolled_back"

@@ -1,4 +1,4 @@
-"""Whether to learn a chunk, whether an update helped, and when to go back: a policy over plain numbers.
+"""Whether to learn a chunk, which updates to try out, and when to go back: a policy over plain numbers.
 
 It sees NLLs and token ids and answers; it knows nothing of tensors, and it never changes anything itself.
 Four ways to go wrong, four rules:
@@ -78,8 +78,8 @@ class Guard:
                 chunk. adapted, base: NLL per token.
             written: how many of the chunk's tokens the model wrote itself.
         """
-        own = 2 * written > tokens
-        if own:
+        is_own = 2 * written > tokens
+        if is_own:
             self.own.extend(ids[-tokens:])
             if distinct_4(self.own) < OWN_LEAST_DISTINCT:
                 return Verdict("repetition", LOOP_SHRINK)
@@ -93,7 +93,7 @@ class Guard:
         if base is None:
             return Verdict()
         gain = base - adapted
-        if not own:
+        if not is_own:
             self.allowed = max(self.allowed, gain + OWN_DRIFT)
         elif gain > self.allowed:
             # What a LoRA update adds grows with its scale, and KL with the square of that.
@@ -159,5 +159,5 @@ class Guard:
 
 def distinct_4(ids: Iterable[int]) -> float:
     """Share of 4-grams that differ, 1.0 for a text without repetition or shorter than four tokens."""
-    grams = list(zip(*(islice(own, start, None) for start, own in enumerate(tee(ids, 4))), strict=False))
+    grams = list(zip(*(islice(run, start, None) for start, run in enumerate(tee(ids, 4))), strict=False))
     return len(set(grams)) / len(grams) if grams else 1.0

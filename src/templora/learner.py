@@ -51,7 +51,8 @@ class Learner:
         self._dropout_state = torch.Generator().manual_seed(seed).get_state()
 
     def restart(self) -> None:
-        """Forget all momentum, as when the weights were put back to an earlier version."""
+        """Forget what the steps so far have left behind (moments, rates of layers), as when the weights were
+        put back to an earlier version."""
         adapter, recipe = self.adapter, self.recipe
         self.optimizer = torch.optim.AdamW(
             [{"params": [adapter.a]}, {"params": [adapter.b]}],
@@ -100,7 +101,7 @@ class Learner:
             NotFinite: after everything was put back.
         """
         adapter, share, norm = self.adapter, 1.0, 0.0
-        put_back = self._saved()
+        put_back = self._save()
         try:
             for epoch in range(self.recipe.epochs):
                 if epoch > 0 or not ready:
@@ -139,7 +140,7 @@ class Learner:
             self.layer_rates.load_state(state["layer_rates"])
         self._dropout_state = state["dropout"].cpu().clone()
 
-    def _saved(self) -> Callable[[], None]:
+    def _save(self) -> Callable[[], None]:
         """Copy all that an update changes; what puts it back."""
         optimizer, adapter = self.optimizer, self.adapter
         learned = [part for part in (self.magnitudes, self.layer_rates) if part is not None]

@@ -36,7 +36,7 @@ class Passes:
 
     @torch.no_grad()
     def again(self, ids: Sequence[int], tokens: int) -> float:
-        """Summed NLL of the last `tokens` of what was seen when they were scored; nothing is cached."""
+        """Summed NLL of the last `tokens` of `ids`, run from the first of these; nothing is cached."""
         with self.adapter.attached():
             return float(self.base.nll(ids[:-1], ids[-tokens:]).sum())
 

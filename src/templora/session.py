@@ -103,7 +103,7 @@ class Session:
         return Reading(tokens, adapted.tokens, base.perplexity, adapted.perplexity)
 
     def reading(self, text: str, *, score_base: bool = False) -> Iterator[Event]:
-        """`read`, as a generator of `ChunkScored` and `ChunkLearned` events."""
+        """`read`, as a generator of events: each chunk scored, then learned, skipped or rolled back."""
         self._check_open()
         if not text:
             raise InvalidText("the text is empty; give at least one character")
@@ -157,7 +157,8 @@ class Session:
             score_base: also score each chunk under the bare base, for comparison.
 
         Yields:
-            `Token`, `ChunkWritten`, `ChunkScored`, `ChunkLearned`, `Warned`, and one `End`.
+            `Token`; `ChunkWritten`, `ChunkScored`, then `ChunkLearned`, `ChunkSkipped` or `RolledBack`;
+            `Warned`; and one `End`.
         """
         self._check_open()
         if not self.ids and not self._prefix:

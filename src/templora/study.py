@@ -50,7 +50,7 @@ class Study:
         self.adapter: Adapter = learner.adapter
         self.guard = Guard()
         self._good = _Good(self.adapter.snapshot(), self.adapter.version)
-        self._last: _Seen | None = None  # the chunk learned last
+        self._last: _Seen | None = None  # the chunk learned last, if the next update is one to be checked
 
     def finish(
         self, ids: Sequence[int], span: Span, written: int, *, score_base: bool = False
@@ -108,6 +108,8 @@ class Study:
         score_base: bool,
     ) -> tuple[list[Event], bool]:
         """What there is to say of a chunk that was scored, and whether it should be learned.
+
+        The adapter may be scaled or put back on the way, as the guard says.
 
         score_base: say the base's score as well.
         """
@@ -203,7 +205,7 @@ class Study:
         last = self._last
         return last is None or self.passes.again(last.ids, last.tokens) <= last.nll + SLACK * last.tokens
 
-    def _good_nll(self, ids: Sequence[int], span: Span) -> float:
+    def _restore_good(self, ids: Sequence[int], span: Span) -> float:
         """Go back to the last good version; the chunk's NLL under it."""
         weights, version = self.adapter.snapshot(), self.adapter.version
         self.adapter.restore(self._good.weights, self._good.version)
@@ -223,7 +225,7 @@ class Study:
         if base is None or self.adapter.version == 0:
             return None
         if self.guard.must_go_back(adapted, base):
-            good = self._good_nll(ids, span)
+            good = self._restore_good(ids, span)
             self.learner.restart()
             if self.guard.must_give_up(good, base, span.tokens):
                 self.adapter.shrink(0.0)

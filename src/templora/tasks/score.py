@@ -82,7 +82,7 @@ class Scores:
         return self.adapted.perplexity / self.base.perplexity - 1
 
     def mean_chunk_perplexity(self, key: str) -> float | None:
-        """The authors' statistic: the token-weighted mean of per-chunk perplexities (paper.md).
+        """The authors' statistic: the token-weighted mean of per-chunk perplexities.
 
         key: "base_nll" or "adapted_nll". It is not a perplexity of the text; kept for their tables.
         """
@@ -99,7 +99,7 @@ def scoring(session: Session, ids: list[int], *, score_base: bool = True) -> Ite
     A session that already holds this text, as one that was resumed does, goes on where it stood.
 
     Yields:
-        `ChunkScored` and `ChunkLearned` events, in the order of the text.
+        `ChunkScored`, and `ChunkLearned`, `ChunkSkipped` or `RolledBack`, in the order of the text.
     """
     if not session.ids:
         session.extend(ids, "")
