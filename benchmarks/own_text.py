@@ -163,7 +163,7 @@ def main() -> None:
     with ThreadPoolExecutor(wishes.processes) as pool:
         running = [
             pool.submit(in_child, write, side, tokens, window, seed)
-            for side, seed in jobs
+            for side, seed in sorted(jobs, key=lambda job: job[1])  # all sides of a seed, then the next
             if (side, seed) not in done
         ]
         for text in as_completed(running):
