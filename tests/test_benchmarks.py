@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 
 import templora
 from benchmarks import gpu
+from benchmarks.names import kinds_of
 from benchmarks.needs import Needs, recipe
 from benchmarks.own_text import longest_repeat
 from benchmarks.whole_window import crossover, total
@@ -58,6 +59,24 @@ def test_it_runs_and_both_sides_compute_the_same(name: str, run: Runs, tmp_path:
         assert set(result["share_of_limit"]) == set(result["seconds"])
     assert (tmp_path / f"{name}.md").read_text("utf-8").startswith("| base |")
     assert (tmp_path / f"{name}.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_names_are_told_apart_by_how_long_ago_they_were_seen(run: Runs) -> None:
+    text = "Anna came. The dog saw Anna, and Bob saw the dog; later Anna saw Bob."
+    ends = list(range(1, len(text) + 1))  # a token a letter
+    words = {(text[start:stop], start): kind for start, stop, kind in kinds_of(text, ends, 20)}
+    names = [(word, kind) for (word, _), kind in words.items() if kind != "other words"]
+    assert names == [
+        ("Anna", "up to 16 windows ago"),
+        ("Bob", "never"),
+        ("Anna", "up to 16 windows ago"),
+        ("Bob", "up to 16 windows ago"),
+    ]
+    assert words["Anna", 0] == "other words", "a sentence begins with any word"
+    results = run("names")["results"]
+    assert [r["words"] > 0 for r in results][-1]
+    assert all(r["base"] >= 0 and r["adapted"] >= 0 for r in results)
 
 
 @pytest.mark.slow
