@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from templora.recipe import Recipe, load
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,6 +31,10 @@ ELSEWHERE = {
     "templora bench guofeng GUOFENG --score-only --out perplexity --seed 1": (
         "needs the set; tests/test_guofeng.py runs it on a small one"
     ),
+    (
+        "templora write --read novel-so-far.txt --model Qwen/Qwen3-8B-Base --dtype 4bit --set rank=16 "
+        "--tokens 2000 --out next.txt"
+    ): "needs a model hub; tests/test_base.py loads the embedded base in 4 bits",
     "make write": "CI runs it through tests/test_make.py",
     "make test": "CI is it",
     "make check": "CI runs it",
@@ -101,6 +108,14 @@ def test_every_python_block_runs(
 def test_what_is_run_elsewhere_still_stands_in_the_docs() -> None:
     lines = {line.strip() for _, text in blocks("bash") for line in text.splitlines()}
     assert ELSEWHERE.keys() <= lines
+
+
+def test_the_page_on_models_has_every_key_of_a_recipe_as_it_is() -> None:
+    page, (ours, theirs) = (ROOT / "docs" / "models.md").read_text("utf-8"), map(load, ("default", "paper"))
+    for key, field in Recipe.model_fields.items():
+        if not field.exclude and key != "name":
+            values = (yaml.safe_dump(getattr(recipe, key)).split("\n")[0] for recipe in (ours, theirs))
+            assert f"| `{key}` | {field.description} | {' | '.join(values)} |" in page.splitlines(), key
 
 
 def test_every_link_within_the_docs_leads_somewhere() -> None:

@@ -64,10 +64,10 @@ class Recipe(BaseModel):
     layer_rate: NonNegative = Field(
         0.0, description="rate at which each layer's own learning rate moves; 0: the same for all layers"
     )
-    beta1: Fraction
-    beta2: Fraction
-    eps: Positive
-    weight_decay: NonNegative
+    beta1: Fraction = Field(description="AdamW's momentum")
+    beta2: Fraction = Field(description="how slowly AdamW forgets squares of gradients")
+    eps: Positive = Field(description="what AdamW divides by at least")
+    weight_decay: NonNegative = Field(description="AdamW's decay towards zero")
     clip: Positive | None = Field(description="largest gradient norm; null for no clipping")
     warmup_chunks: int = Field(ge=0, description="the rate rises from 0 over this many chunks")
     decay_chunks: Positive | None = Field(description="rate / sqrt(1 + chunk / this); null: constant")
