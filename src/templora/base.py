@@ -4,24 +4,28 @@ It runs no adapter by itself: whoever wants one swaps modules in for that pass a
 Its parameters are never written to and never require a gradient while a session works.
 """
 
-import hashlib
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from templora import array_step, kernels, lean_attention, loading, start
+from templora import array_step, identity, kernels, lean_attention, loading, start
 from templora.cache import WindowCache
 from templora.cross_entropy import linear_nll, logits_nll
 from templora.errors import InvalidRecipe, InvalidText, TemploraError
 from templora.probe import Probe, Watch, probe
 from templora.rotary import Rotary, rotary_of
 from templora.turns import turn
+
+if TYPE_CHECKING:
+    from templora.durable import DurableSession
+    from templora.recipe import Recipe
+    from templora.session import Session
 
 # What configs call it: nearly all of them, MPT, BLOOM.
 POSITIONS = ("max_position_embeddings", "max_seq_len", "seq_length")
@@ -80,16 +84,26 @@ class Base:
         """The output layer that stands in the model now."""
         return self.model.get_output_embeddings()  # pyright: ignore[reportReturnType]
 
+    @overload
+    def session(
+        self, recipe: "str | Path | Recipe" = "default", *, seed: int = 0, dir: None = None, **overrides: Any
+    ) -> "Session": ...
+
+    @overload
+    def session(
+        self, recipe: "str | Path | Recipe" = "default", *, seed: int = 0, dir: str | Path, **overrides: Any
+    ) -> "DurableSession": ...
+
     def session(
         self,
-        recipe: Any = "default",
+        recipe: "str | Path | Recipe" = "default",
         *,
         seed: int = 0,
         dir: str | Path | None = None,
         budget: int | None = None,
         parallel: bool = False,
         **overrides: Any,
-    ) -> Any:
+    ) -> "Session | DurableSession":
         """A new session: one text with a fresh adapter.
 
         Args:
@@ -148,8 +162,8 @@ class Base:
             "parameters": sum(parameter.numel() for parameter in parameters),
             "positions": self.positions,
             "weights": self.fingerprint(),
-            "tokenizer": _tokenizer_hash(self._tokenizer),
-            **({"start": _digest(self.start.items())} if self.start else {}),
+            "tokenizer": identity.of_tokenizer(self._tokenizer),
+            **({"start": identity.of_tensors(self.start.items())} if self.start else {}),
         }
 
     def encode(self, text: str) -> list[int]:
@@ -251,7 +265,7 @@ class Base:
 
     def fingerprint(self) -> str:
         """SHA-256 over the name, dtype and bytes of every parameter and buffer."""
-        return _digest((*self.model.named_parameters(), *self.model.named_buffers()))
+        return identity.of_tensors((*self.model.named_parameters(), *self.model.named_buffers()))
 
     def _inputs(self, ids: Sequence[int], position: int, cache: Cache | None) -> dict[str, Any]:
         inputs: dict[str, Any] = {
@@ -273,22 +287,6 @@ class Base:
         """The model's own logits for the last `keep` tokens, [keep, vocab]."""
         kwargs = {"logits_to_keep": keep} if "logits_to_keep" in self._accepts else {}
         return self.model(**self._inputs(ids, position, cache), **kwargs).logits[0, -keep:]
-
-
-def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
-    if tokenizer is None:
-        return None
-    fast: Any = getattr(tokenizer, "backend_tokenizer", None)
-    rules = fast.to_str() if fast is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(rules.encode()).hexdigest()
-
-
-def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def load(
