@@ -39,8 +39,7 @@ ON_DISK = ("undo", "redo", "rewind", "fork", "edit", "editing", "note", "reseed"
 class Session:
     """A text with its adapter, optimiser and random state on one base.
 
-    Make one with `Base.session`. ids: what the base puts before any text (BOS, where it has one), then the
-    tokens of the text. `with` it is discarded at the end.
+    Make one with `Base.session`; `with` discards it. ids: what the base puts before any text, then its tokens.
     """
 
     def __init__(
