@@ -39,7 +39,7 @@ ON_DISK = ("undo", "redo", "rewind", "fork", "edit", "editing", "note", "reseed"
 class Session:
     """A text with its adapter, optimiser and random state on one base.
 
-    Make one with `Base.session`; `with` discards it. ids: what the base puts before any text, then its tokens.
+    Make one with `Base.session`; `with` discards it. ids: what the base puts before any text, then the text.
     """
 
     def __init__(
