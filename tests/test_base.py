@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import templora
-from templora.errors import ModelNotFound, UnsupportedModel
+from templora import loading
+from templora.errors import MissingExtra, ModelNotFound, UnsupportedModel
 from templora.testing import ByteTokenizer, tiny_llama
 from tests.architectures import ARCHITECTURES, MORE, POSITIONS, Architecture
 
@@ -90,3 +91,9 @@ def test_a_model_on_several_devices_is_refused() -> None:
     model.model.layers[1].to("meta")
     with pytest.raises(UnsupportedModel, match="lies on cpu, meta; load all of it on one device"):
         templora.load(model=model)
+
+
+def test_without_bitsandbytes_four_bits_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r'pip install "templora\[quantize\]"'):
+        templora.load("novelist", dtype="4bit", device="cpu")
