@@ -175,7 +175,17 @@ def _odd_layers(model: PreTrainedModel) -> list[str]:
         if isinstance(module, nn.Linear)
         and type(module).__module__.startswith("transformers.models.")
         and type(module).forward is not nn.Linear.forward
+        and not _gives_a_tensor(module)
     ]
+
+
+@torch.no_grad()
+def _gives_a_tensor(layer: nn.Linear) -> bool:
+    """By what it does: Falcon's linear layers are of a class of their own, too."""
+    try:
+        return isinstance(layer(layer.weight.new_zeros(1, layer.in_features)), Tensor)
+    except (TypeError, RuntimeError, ValueError):  # it wants something else
+        return False
 
 
 def _lower_blocks(model: PreTrainedModel, first_block: float) -> list[str]:
