@@ -28,7 +28,7 @@ KINDS = ("never", "in the window", f"up to {LONG} windows ago", "longer ago", "o
 def nll_by_token(base: Base, ids: Sequence[int], window: int, **changes: Any) -> list[float]:
     """NLL in nats of each token by an adapter that has learned all chunks before it; 0 in the last chunk."""
     session = base.session("default", seed=1, window=window, context=window, **changes)
-    passes, found = session.passes, [0.0] * len(ids)
+    passes, found = session.passes, [0.0] * (len(ids) + 1)  # a token may stand before the text
     scored, plain = set[int](), passes.nll
 
     def nll(ids: Sequence[int], span: Any, context: int) -> Any:

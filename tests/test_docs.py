@@ -141,5 +141,11 @@ def test_no_file_holds_a_path_of_one_machine_or_the_name_of_a_registry_host() ->
             assert not found, f"{path.relative_to(ROOT)} holds {found[0] if found else ''}"
 
 
+def test_no_page_waits_for_its_numbers() -> None:
+    for page in PAGES:
+        if waiting := re.search(r"\b(TODO|[A-Z]+(?:ROW|TEXT))\b", page.read_text("utf-8")):
+            raise AssertionError(f"{page.name} holds {waiting[0]}")
+
+
 def test_no_tracked_file_is_over_thirty_megabytes() -> None:
     assert [path.name for path in tracked() if path.stat().st_size > 30e6] == []

@@ -455,6 +455,8 @@ def test_a_loop_that_was_open_during_a_rewind_goes_on_from_there(tmp_path: Path)
     events = made.write(60, **wishes)
     for _ in range(20):
         next(events)
+    made.rewind(0)
+    assert next(events).kind == "token", "the text begins again, with what the base puts before it"
     texts: list[list[int]] = []
     for loop in (events, None):
         made.rewind("here")

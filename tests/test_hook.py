@@ -269,6 +269,15 @@ def test_padding_is_no_part_of_the_text() -> None:
         do_sample=False,
     )
     assert made[0, 20:].tolist() == generate(max_new_tokens=40, do_sample=False)[0].tolist()
+    forced = MODEL.generate(
+        padded,
+        attention_mask=mask,
+        custom_generate=templora.generate,
+        recipe_overrides=SIZES,
+        max_new_tokens=20,
+        forced_eos_token_id=77,
+    )
+    assert forced[0, -1] == 77, "processors that count see the padding, as elsewhere"
 
 
 def test_inside_autocast_it_learns_as_outside() -> None:

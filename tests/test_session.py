@@ -624,9 +624,11 @@ def test_threads_take_turns_on_a_base() -> None:
             return text_after(made, 60)
 
     alone = [text(seed) for seed in range(4)]
-    with ThreadPoolExecutor(4) as threads:
-        assert list(threads.map(text, range(4))) == alone
-    assert base.fingerprint() == before
+    with ThreadPoolExecutor(5) as threads:
+        made = threads.map(text, range(4))
+        others = [(templora.load(model=base.model), base.fingerprint()) for _ in range(20)]
+        assert list(made) == alone
+    assert {seen for _, seen in others} == {before}, "what looks at the base waits until it is bare"
 
 
 def test_a_failing_processor_costs_no_token() -> None:

@@ -44,12 +44,16 @@ class Adapter:
     ) -> None:
         self.version = 0
         self._model, self.turn = model, turn(model)
-        self.config = injection.config_of(model, recipe)
         with self.turn:
-            self.sites = injection.inject(model, self.config, seed, head=recipe.head)
+            self._make(recipe, seed, start or {})
+
+    def _make(self, recipe: Recipe, seed: int, start: Mapping[str, Tensor]) -> None:
+        model = self._model
+        self.config = injection.config_of(model, recipe)
+        self.sites = injection.inject(model, self.config, seed, head=recipe.head)
         # Where nothing is learned, nothing is begun: base and adapter are one.
         begins = recipe.start == "learned" and recipe.learning_rate > 0
-        known = begin(model, self.sites, (start or {}) if begins else {}, recipe.chunk)
+        known = begin(model, self.sites, start if begins else {}, recipe.chunk)
         self._lay_flat(model.device)
         self.squares = (
             None if known is None else (_squares(a for a, _ in known), _squares(b for _, b in known))

@@ -42,20 +42,21 @@ class Base:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str = ""
     ) -> None:
-        self.model, self.name = model.eval(), name or model.config.name_or_path or ""
-        model.requires_grad_(False)
+        self.model, self.turn, self._tokenizer = model, turn(model), tokenizer
+        self.name = name or model.config.name_or_path or ""
         self.start = start.read(model.config.name_or_path or "")
-        self._tokenizer, self._turn = tokenizer, turn(model)
-        with self._turn:
+        with self.turn:
+            model.eval().requires_grad_(False)
             self._probe: Probe = probe(model)
-        self._step, self._watched = array_step.step_of(model), Watch(model.modules())
+            self._step, self._watched = array_step.step_of(model), Watch(model.modules())
         text = model.config.get_text_config()
         self.positions: int | None = next((n for key in POSITIONS if (n := getattr(text, key, None))), None)
         self.vocabulary: int = text.vocab_size
         accepted = inspect.signature(model.forward).parameters
         self._accepts = {"position_ids", "logits_to_keep"} & accepted.keys()
-        turns = "position_ids" in self._accepts
-        self.rotary: Rotary | None = rotary_of(model, self.positions) if turns else None
+        placed = "position_ids" in self._accepts
+        with self.turn:
+            self.rotary: Rotary | None = rotary_of(model, self.positions) if placed else None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -154,7 +155,8 @@ class Base:
 
     def describe(self) -> dict[str, Any]:
         """What makes it this base and no other, as plain values; computed anew each time."""
-        parameters = list(self.model.parameters())
+        with self.turn:
+            parameters = list(self.model.parameters())
         return {
             "name": str(Path(self.name).resolve()) if Path(self.name).is_dir() and self.name else self.name,
             "model": type(self.model).__name__,
@@ -208,9 +210,9 @@ class Base:
         """
         short = self._step if len(ids) == 1 and not self._watched() else None
         if short and isinstance(cache, WindowCache) and cache.layers:
-            with self._turn, torch.no_grad():
+            with self.turn, torch.no_grad():
                 return short(ids[0], position, cache)
-        with self._turn, torch.no_grad(), kernels.fast(len(ids), device=self.device):
+        with self.turn, torch.no_grad(), kernels.fast(len(ids), device=self.device):
             if self._probe.plain_head:
                 return self.head(self._hidden(ids, position, cache)[-1:])[0]
             return self._logits(ids, position, cache, keep=1)[0]
@@ -230,7 +232,7 @@ class Base:
         Returns:
             What the head is given, [texts, tokens, width].
         """
-        with self._turn:
+        with self.turn:
             output = self._probe.backbone(
                 input_ids=ids,
                 position_ids=positions,
@@ -257,7 +259,7 @@ class Base:
         target = torch.tensor(labels, device=self.device)
         rows = len(ids)
         fast = kernels.fast(rows, device=self.device)
-        with self._turn, lean_attention.lean(rows, self.model), fast:
+        with self.turn, lean_attention.lean(rows, self.model), fast:
             if self._probe.plain_head:
                 hidden = self._hidden(ids, position, cache)[-len(labels) :]
                 return linear_nll(hidden, self.head, target)
@@ -265,7 +267,8 @@ class Base:
 
     def fingerprint(self) -> str:
         """SHA-256 over the name, dtype and bytes of every parameter and buffer."""
-        return identity.of_tensors((*self.model.named_parameters(), *self.model.named_buffers()))
+        with self.turn:
+            return identity.of_tensors((*self.model.named_parameters(), *self.model.named_buffers()))
 
     def _inputs(self, ids: Sequence[int], position: int, cache: Cache | None) -> dict[str, Any]:
         inputs: dict[str, Any] = {

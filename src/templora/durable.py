@@ -231,8 +231,8 @@ class DurableSession(Session):
         self._moving = True
         try:
             there()
-        except TemploraError:  # refused: everything is where it was
-            self._moving = False
+        except TemploraError:  # refused; what had been moved by then is followed
+            self._moving = self.store.history.ids is not self.ids
             raise
         self._restore()
 
@@ -250,7 +250,9 @@ class DurableSession(Session):
         self.sampler = Sampler(history.seed, history.drawn)
         if not exact:
             wrote = f"{self.dir}{header.changes(self.store.header)}"
-            message = f"this machine does not compute bit for bit what wrote {wrote}; the text is as it was"
+            message = (
+                f"this machine or version does not compute bit for bit what wrote {wrote}; the text is whole"
+            )
             self._to_announce.append(Warned("inexact", f"{message}, but may go on otherwise"))
         self._moving, self._moves = False, self._moves + 1
 

@@ -25,6 +25,7 @@ from templora.errors import InvalidRecipe
 from templora.events import Token
 from templora.recipe import Recipe
 from templora.sampling import Sampling
+from templora.turns import turn
 
 ENDLESS = sys.maxsize  # the stopping criteria decide
 
@@ -58,7 +59,8 @@ def generate(
     seed = int(torch.randint(2**31, ())) if seed is None else seed
     sampling = Sampling(temperature=1.0 if generation_config.do_sample else 0.0)
     mask: Tensor | None = model_inputs.get("attention_mask")
-    seen = slice(None) if mask is None or mask.ndim != 2 else mask[0].bool()
+    seen = (mask if mask is not None and mask.ndim == 2 else torch.ones_like(input_ids))[0].bool()
+    padded = not bool(seen.all())
     with ExitStack() as stack:
         stack.enter_context(_borrowed(model))
         # The base has the dtype that it was loaded in, and the adapter learns in fp32.
@@ -66,7 +68,8 @@ def generate(
         session = Base(model, None).session(recipe, seed=seed, **(recipe_overrides or {}))
         stack.callback(session.discard)
         session.extend(input_ids[0][seen].tolist(), "")
-        for event in session.write(ENDLESS, sampling=sampling, processors=logits_processor, score_base=False):
+        processors = _Padded(logits_processor, input_ids[:, ~seen]) if padded else logits_processor
+        for event in session.write(ENDLESS, sampling=sampling, processors=processors, score_base=False):
             if not isinstance(event, Token):
                 continue
             token = torch.tensor([[event.id]], device=input_ids.device)
@@ -82,18 +85,33 @@ def generate(
     return input_ids
 
 
+class _Padded(LogitsProcessorList):
+    """The caller's processors, which count the padding that a session does not know."""
+
+    def __init__(self, processors: LogitsProcessorList, padding: Tensor) -> None:
+        super().__init__(processors)
+        self._padding = padding
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """As transformers'."""
+        ids: Any = torch.cat((self._padding.to(input_ids), input_ids), dim=1)
+        return super().__call__(ids, scores, **kwargs)
+
+
 @contextmanager
 def _borrowed(model: PreTrainedModel) -> Generator[None]:
     """Leave a model that is being trained as it was: which modules train, and which parameters."""
-    training = [module for module in model.modules() if module.training]
-    needed = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with turn(model):
+        training = [module for module in model.modules() if module.training]
+        needed = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
-        for parameter in needed:
-            parameter.requires_grad_()
+        with turn(model):
+            for module in training:
+                module.training = True
+            for parameter in needed:
+                parameter.requires_grad_()
 
 
 def _refuse(input_ids: Tensor, config: GenerationConfig) -> None:

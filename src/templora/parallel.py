@@ -96,6 +96,7 @@ class ParallelSession(Session):
 
     def score_rest(self, *, score_base: bool = False) -> Iterator[Event]:
         """As in any session; what is still being learned comes first."""
+        yield from self._finish_full_chunks(score_base)
         yield from self._outstanding()
         yield from super().score_rest(score_base=score_base)
 
@@ -203,9 +204,11 @@ def twin_of(base: Base) -> Base:
         UnsupportedModel: its modules cannot be copied.
     """
     model = base.model
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     try:
-        twin = copy.deepcopy(model, shared)
+        with base.turn:
+            tensors = (*model.parameters(), *model.buffers())
+            shared: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
+            twin = copy.deepcopy(model, shared)
     except (TypeError, RuntimeError) as error:
         kind = type(model).__name__
         raise UnsupportedModel(

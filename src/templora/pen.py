@@ -84,7 +84,7 @@ class Pen:
 
     def follow(self, ids: Sequence[int]) -> None:
         """The text has become another one, as by an undo: go on after these ids."""
-        self.ids = ids
+        self.ids, self._tail = ids, ""
         self._detokenizer = Detokenizer(self.base.tokenizer, ids) if self.base.has_tokenizer else None
 
     def shown(self, visible: int) -> Sequence[int]:

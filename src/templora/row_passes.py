@@ -70,8 +70,9 @@ class RowPasses:
     @torch.no_grad()
     def base_nll(self, rows: Sequence[Row]) -> Tensor:
         """The same under the bare base."""
-        self._enter(self.bare, rows)
-        return self._nll(self.bare, rows, max(row.span.tokens for row in rows))
+        with self.base.turn:  # to the end: the head must be the base's, too
+            self._enter(self.bare, rows)
+            return self._nll(self.bare, rows, max(row.span.tokens for row in rows))
 
     def nll_of(self, row: Row, context: int) -> Tensor:
         """One text's chunk: NLL in nats, [tokens], seeing `context` tokens, under its attached adapter."""

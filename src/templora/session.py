@@ -163,9 +163,8 @@ class Session:
         if not self.ids and not self._prefix:
             raise InvalidText("the prompt is empty and this base has no start token; give a prompt")
         if sampling is not None and sampling_wishes:
-            raise InvalidRecipe(
-                f"sampling and {', '.join(sampling_wishes)} were both given; give one of them"
-            )
+            names = ", ".join(sampling_wishes)
+            raise InvalidRecipe(f"sampling and {names} were both given; give one of them")
         draw = sampling or Sampling.of(self.base.model.generation_config, **sampling_wishes)
         return self._write(Wishes.of(tokens, draw, processors, stop, stop_at_eos, score_base))
 
@@ -182,6 +181,8 @@ class Session:
             if pen.done:
                 break
             if moves != self._moves:
+                if not self.ids:
+                    self._give(self._prefix, "")
                 pen.follow(self.ids)
                 moves = self._moves
             token = self._next_token(pen)
@@ -240,7 +241,7 @@ class Session:
         """What the base puts before any text."""
         return self.base.prefix_ids if self.base.has_tokenizer else []
 
-    # What a session that learns while it writes does elsewhere; see `parallel`.
+    # What sessions that learn while they write (`parallel`) or live on disk (`durable`) do otherwise.
 
     def _learns_on(self) -> Base:
         return self.base
@@ -248,8 +249,6 @@ class Session:
     def _outstanding(self) -> Iterator[Event]:
         """What there is to say of chunks that are learned later than they are full."""
         return iter(())
-
-    # What a session on disk also writes down; see `durable`.
 
     def _give(self, ids: Sequence[int], text: str) -> None:
         self.ids.extend(ids)
