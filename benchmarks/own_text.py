@@ -111,7 +111,10 @@ def plot(results: list[dict[str, Any]], tokens: int, path: Path) -> None:
             named.add(side)
             colour = f"C{list(SIDES).index(side)}"
             axes.plot(places, [part[name] for part in result["parts"]], color=colour, label=label)
-        axes.set(xlabel="tokens written", title=name, ylim=(0, None))
+        if name.startswith("perplexity"):  # without the guard it grows a thousandfold
+            axes.set(xlabel="tokens written", title=name, yscale="log")
+        else:
+            axes.set(xlabel="tokens written", title=name, ylim=(0, None))
     save_plot(figure, panels, path)
 
 
