@@ -34,11 +34,6 @@ GREEDY = Sampling(temperature=0.0, repetition_penalty=None, top_p=None)
 ROUNDING = 1e-4
 
 
-@pytest.fixture
-def base() -> Base:
-    return templora.load(model=tiny_llama(), tokenizer=ByteTokenizer())
-
-
 def alike(batched: Scores, alone: Scores) -> None:
     """The same chunks with the same NLL, within rounding."""
     assert [(c["start"], c["tokens"]) for c in batched.chunks] == [

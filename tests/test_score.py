@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import templora
 from templora.base import Base
 from templora.bench import cost, pg19, sweep, tables
 from templora.bench.checkpoint import Checkpoint
@@ -21,18 +20,12 @@ from templora.errors import InvalidRecipe
 from templora.events import ChunkLearned, ChunkScored, RolledBack, Token
 from templora.session import Session
 from templora.tasks.score import Scores, score, scoring
-from templora.testing import ByteTokenizer, tiny_llama
 
 TEXT = (Path(__file__).parent.parent / "LICENSE").read_text("utf-8").strip()[:700]
 SIZES = {"window": 32, "chunk": 16, "context": 32}
 HOLLOW = json.dumps(
     [dict.fromkeys(("document", "tokens", "chunks", "learn_seconds", "seed"), 0) | {"config": {}}]
 )
-
-
-@pytest.fixture
-def base() -> Base:
-    return templora.load(model=tiny_llama(), tokenizer=ByteTokenizer())
 
 
 def test_every_token_is_scored_once_in_order_and_before_it_is_learned(base: Base) -> None:

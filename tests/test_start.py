@@ -7,21 +7,14 @@ import torch
 from safetensors.torch import save_file
 
 import templora
-from templora.base import Base
 from templora.errors import ModelNotFound, WrongBase
 from templora.events import ChunkScored
 from templora.injection import PEFT_PREFIX, named
 from templora.start import RMS_A, RMS_B, A
-from templora.testing import ByteTokenizer, tiny_llama
 
 LAYER = "model.layers.1.mlp.down_proj"
 ROWS, COLUMNS = f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight"
 SIZES = {"window": 32, "context": 32, "chunk": 16}
-
-
-@pytest.fixture
-def base() -> Base:
-    return templora.load(model=tiny_llama(), tokenizer=ByteTokenizer())
 
 
 def begun(folder: Path, **changes: object) -> torch.Tensor:

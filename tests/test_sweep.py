@@ -5,18 +5,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-import templora
-from templora.base import Base
 from templora.cli import app
-from templora.testing import ByteTokenizer, tiny_llama
 
 TEXT = (Path(__file__).parent.parent / "LICENSE").read_text("utf-8").strip()[:300]
 PLAN = "set: {window: 32, chunk: 16, context: 32}\nruns:\n  - {}\n"
-
-
-@pytest.fixture
-def base() -> Base:
-    return templora.load(model=tiny_llama(), tokenizer=ByteTokenizer())
 
 
 @pytest.fixture
