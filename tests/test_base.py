@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import templora
 from templora import loading
@@ -63,6 +64,17 @@ def test_a_damaged_model_is_an_error_in_one_line(tmp_path: Path) -> None:
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ModelNotFound, match="cannot load"):
+        templora.load(str(tmp_path))
+
+
+def test_a_model_in_which_weights_are_missing_is_refused(tmp_path: Path) -> None:
+    """transformers would put random numbers there."""
+    tiny_llama().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    ByteTokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelNotFound, match=r"not whole: 1 of its weights .*layers\.1\.mlp\.up_proj"):
         templora.load(str(tmp_path))
 
 

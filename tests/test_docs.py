@@ -35,6 +35,10 @@ ELSEWHERE = {
         "templora write --read novel-so-far.txt --model Qwen/Qwen3-8B-Base --dtype 4bit --set rank=16 "
         "--tokens 2000 --out next.txt"
     ): "needs a model hub; tests/test_base.py loads the embedded base in 4 bits",
+    (
+        "templora write --read novel-so-far.txt --model models/Qwen3-1.7B-Q8_0.gguf "
+        "--tokens 2000 --out next.txt"
+    ): "needs a model; tests/test_gguf.py reads the embedded base from such a file",
     "make write": "CI runs it through tests/test_make.py",
     "make test": "CI is it",
     "make check": "CI runs it",

@@ -158,7 +158,7 @@ class Base:
         with self.turn:
             parameters = list(self.model.parameters())
         return {
-            "name": str(Path(self.name).resolve()) if Path(self.name).is_dir() and self.name else self.name,
+            "name": str(Path(self.name).resolve()) if Path(self.name).exists() and self.name else self.name,
             "model": type(self.model).__name__,
             "dtype": self.dtype,
             "parameters": sum(parameter.numel() for parameter in parameters),
@@ -300,7 +300,7 @@ def load(
     dtype: str | None = None,
     device: str | None = None,
 ) -> Base:
-    """A base by name ("novelist", a local folder, a hub id), or from a loaded model.
+    """A base by name ("novelist", a local folder, a GGUF file, a hub id), or from a loaded model.
 
     Args:
         dtype: "float32", "bfloat16", "float16", or "4bit" (NF4, by bitsandbytes); by default the checkpoint's

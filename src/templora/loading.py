@@ -6,7 +6,7 @@ from collections.abc import Callable
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import (
@@ -14,14 +14,18 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import quantization_config
 
 from templora.errors import MissingExtra, ModelNotFound, OutOfMemory, UnsupportedModel
 
 EMBEDDED = "novelist"
+GGUF = ".gguf"
+SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)  # as llama.cpp names the parts of one file
 FOUR_BITS = "4bit"  # among dtypes, as the kind of number that a base is loaded in
 # fp32 costs twice the memory but runs faster than bf16 on most CPUs, and merges exactly.
 LARGEST_FP32_ON_CPU = 2_000_000_000  # parameters
@@ -32,6 +36,8 @@ def load_pretrained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of that name; see `templora.load`."""
     place, target = _place(name), _device(device)
+    if place.file:
+        _refuse_file(name, dtype)
     config = _read(name, AutoConfig.from_pretrained, place)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "AutoModelForCausalLM" not in (
         getattr(config, "auto_map", None) or {}
@@ -40,19 +46,56 @@ def load_pretrained(
             f"{name} is a {config.model_type} model, not a causal LM; choose one that writes text"
         )
     tokenizer = _read(name, AutoTokenizer.from_pretrained, place)
-    quantized = getattr(config, "quantization_config", None) is not None
+    quantized = not place.file and getattr(config, "quantization_config", None) is not None
     how: dict[str, Any] = {"dtype": "auto" if dtype == FOUR_BITS else _dtype(dtype)}
+    if place.file and how["dtype"] == "auto":
+        how["dtype"] = _unpacked(config, target)
     if dtype == FOUR_BITS and not quantized:
         how = _four_bits(target)
-    if dtype == FOUR_BITS or quantized:  # what is quantised is put in its place while it is read
+    if dtype == FOUR_BITS or quantized or place.file:  # such weights go to their device while they are read
         how["device_map"] = {"": target}
     try:
-        model = _read(name, AutoModelForCausalLM.from_pretrained, place, **how)
+        model = _whole(name, place, how)
         return (model if "device_map" in how else _moved(model, dtype, target)), tokenizer
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(
             f"{name} does not fit on {target}; choose a smaller model, --dtype bfloat16 or {FOUR_BITS}"
         ) from error
+
+
+def _refuse_file(name: str, dtype: str | None) -> None:
+    """What cannot be done with a GGUF file."""
+    if not find_spec("gguf"):
+        raise MissingExtra('reading a GGUF file needs gguf; say: pip install "templora[gguf]"')
+    if SPLIT.search(name):
+        raise UnsupportedModel(f"{name} is one part of several; join them with llama-gguf-split --merge")
+    if dtype == FOUR_BITS:
+        raise UnsupportedModel(
+            f"{name} is unpacked to whole numbers when it is read; leave out --dtype {FOUR_BITS}, or give the"
+            " folder or hub id that it was made from"
+        )
+
+
+def _unpacked(config: PreTrainedConfig, device: str) -> torch.dtype:
+    """What a GGUF file's numbers become; it says nothing of the model's own."""
+    with torch.device("meta"):
+        small = AutoModelForCausalLM.from_config(config).num_parameters() <= LARGEST_FP32_ON_CPU
+    return torch.float32 if device == "cpu" and small else torch.bfloat16
+
+
+def _whole(name: str, place: "_Place", how: dict[str, Any]) -> PreTrainedModel:
+    """The model, with no weight left to chance."""
+    if place.file and (packing := getattr(quantization_config, "GgufConfig", None)):
+        how = how | {"quantization_config": packing(dequantize=True)}  # packed layers take no adapter
+    model, info = _read(name, AutoModelForCausalLM.from_pretrained, place, output_loading_info=True, **how)
+    if missing := sorted(info["missing_keys"]):
+        raise ModelNotFound(
+            f"{name} is not whole: {len(missing)} of its weights are missing, such as {missing[0]};"
+            " download it again"
+        )
+    if place.file and (quantizer := getattr(model, "hf_quantizer", None)):
+        quantizer.remove_quantization_config(model)  # it is a plain model now
+    return model
 
 
 def _four_bits(device: str) -> dict[str, Any]:
@@ -70,17 +113,34 @@ def _moved(model: PreTrainedModel, dtype: str | None, device: str) -> PreTrained
     return model.float() if dtype is None and device == "cpu" and small else model
 
 
-def _place(name: str) -> str:
+class _Place(NamedTuple):
+    """A folder or hub id; and the GGUF file in it, if it is one of those."""
+
+    folder: str
+    file: str | None = None
+
+
+def _place(name: str) -> _Place:
     if name == EMBEDDED:
-        return str(resources.files("templora") / "models" / EMBEDDED)
+        return _Place(str(resources.files("templora") / "models" / EMBEDDED))
+    path, parts = Path(name).expanduser(), name.rstrip("/").split("/")
+    local = name.startswith((".", "/", "~"))
+    if path.suffix.lower() == GGUF and not path.is_dir():
+        if path.is_file():
+            return _Place(str(path.parent), path.name)
+        if local or len(parts) < 3:
+            raise ModelNotFound(
+                f"no file {name}; give a GGUF file that is there, or OWNER/NAME/FILE{GGUF} of the hub"
+            )
+        return _Place("/".join(parts[:2]), "/".join(parts[2:]))
     # A hub id is a name, or owner/name.
-    looks_local = name.startswith((".", "/", "~")) or name.rstrip("/").count("/") > 1
-    folder = Path(name).expanduser()
-    if looks_local and not folder.is_dir():
+    if (local or len(parts) > 2) and not path.is_dir():
         raise ModelNotFound(f"no folder {name}; give a folder that holds config.json, or a hub id")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ModelNotFound(f"{name} holds no config.json; give the folder of a Hugging Face model")
-    return str(folder) if folder.is_dir() else name
+    if path.is_dir() and not (path / "config.json").is_file():
+        files = sorted(file.name for file in path.glob(f"*{GGUF}"))
+        cure = f"name the file, as in {path / files[0]}" if files else "give a Hugging Face model's folder"
+        raise ModelNotFound(f"{name} holds no config.json; {cure}")
+    return _Place(str(path) if path.is_dir() else name)
 
 
 def _device(name: str | None) -> str:
@@ -103,14 +163,16 @@ def _dtype(name: str | None) -> str | torch.dtype:
     return dtype
 
 
-def _read(name: str, reader: Callable[..., Any], place: str, **kwargs: object) -> Any:
+def _read(name: str, reader: Callable[..., Any], place: _Place, **kwargs: object) -> Any:
     """Call one of transformers' readers; whatever it raises becomes a `ModelNotFound` in one line."""
     try:
-        return reader(place, **kwargs)
+        if place.file:
+            return reader(place.folder, gguf_file=place.file, **kwargs)
+        return reader(place.folder, **kwargs)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a damaged file, a missing library or a wrong config: each raises its own
         words = re.sub(r"'?https?://\S+", "the hub", str(error))
         reason = textwrap.shorten(words, 200, placeholder=" …")
-        cure = f"the embedded base is {EMBEDDED!r}; else give a local folder or a hub id"
+        cure = f"the embedded base is {EMBEDDED!r}; else give a local folder, a GGUF file or a hub id"
         raise ModelNotFound(f"cannot load {name}: {reason} ({cure})") from error

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Option(help="novelist, a local folder, or a hub id.")]
+Model = Annotated[str, typer.Option(help="novelist, a folder, a GGUF file, or a hub id.")]
 RecipeName = Annotated[str, typer.Option(help="default, paper, or a YAML file.")]
 Pairs = Annotated[list[str] | None, typer.Option("--set", help="Recipe key=value; may be repeated.")]
 Window = Annotated[int | None, typer.Option(help="Tokens visible before a chunk; else the recipe's.")]
