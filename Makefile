@@ -1,6 +1,7 @@
 # Each target works as the first command on a fresh machine: it makes .venv and installs what it needs.
 PYTHON ?= python3
-PROMPT ?= It was the last night of October, and the lighthouse keeper had counted the stairs again.
+STORY ?= examples/skarravoe.txt
+PROMPT ?=
 TOKENS ?= 400
 MODEL ?= novelist
 ARGS ?=
@@ -15,8 +16,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
 
-write: .venv/.core ## continue a novel (PROMPT="…" TOKENS=400 MODEL=novelist ARGS="…")
-	@$(BIN)/templora write "$(PROMPT)" --tokens $(TOKENS) --model "$(MODEL)" $(ARGS)
+write: .venv/.core ## continue a novel (STORY=novel.txt or PROMPT="…", TOKENS=400 MODEL=novelist ARGS="…")
+	@$(BIN)/templora write $(if $(PROMPT),"$(PROMPT)",--read "$(STORY)") --tokens $(TOKENS) --model "$(MODEL)" $(ARGS)
 
 test: .venv/.dev ## all tests
 	$(TESTS) -m "not gpu and not network"

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from templora.detokenizer import Detokenizer
+import templora
+from templora.detokenizer import Detokenizer, open_ended
 from templora.loading import EMBEDDED, load_pretrained
 from templora.testing import ByteTokenizer
 
@@ -129,3 +130,27 @@ def test_bytes_that_make_no_character_stop_nothing(ids: list[int]) -> None:
     words = {256: "the", 257: "a", 258: "b"}
     kept = "".join(words.get(token, "") for token in [*ids, 258, 258])
     assert "".join(c for c in text if c in "theab") == kept
+
+
+@pytest.mark.parametrize(
+    "text", ["said he.\n\n", "said he.\n", "\n\n", "said ", "said he.", "  \n \n\n\t", "字\n\n"]
+)
+def test_white_space_at_the_end_is_cut_as_before_a_word(text: str) -> None:
+    base = templora.load(EMBEDDED, device="cpu")
+    ids = open_ended(base, text)
+    assert base.decode(ids) == text
+    whole = base.encode(text + "He")
+    assert ids == (base.encode(text) if text == "said " else whole[: len(ids)])
+    if text == "said he.\n\n":
+        assert ids != base.encode(text)  # it ends in one token there, of which a space comes next
+
+
+def test_a_session_and_a_batch_give_their_models_an_open_end() -> None:
+    base, text = templora.load(EMBEDDED, device="cpu"), '"Go," said he.\n\n'
+    session = base.session(window=64, context=64)
+    session.read(text)
+    assert session.text == text
+    assert session.ids[1:] == open_ended(base, text) != base.encode(text)
+    events = templora.write_batch(base, [text], tokens=1, window=64, context=64)
+    (written,) = (event.id for _, event in events if event.kind == "token")
+    assert [event.id for event in session.write(1) if event.kind == "token"] == [written]

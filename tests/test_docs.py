@@ -77,7 +77,8 @@ def pages_with_commands() -> list[str]:
 @pytest.mark.parametrize("page", pages_with_commands())
 def test_every_command_on_the_page_does_what_it_says(page: str, tmp_path: Path) -> None:
     (tmp_path / "novel-so-far.txt").write_text(TEXT, "utf-8")
-    (tmp_path / "LICENSE").symlink_to(ROOT / "LICENSE")
+    for name in ("LICENSE", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
     shim = tmp_path / "bin"
     shim.mkdir()
     command = shim / "templora"

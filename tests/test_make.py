@@ -26,5 +26,8 @@ def test_make_write_streams_prose_and_says_where_it_is_and_what_the_adapter_was_
     )
     assert len(done.stdout.split()) > 150
     assert out.read_text("utf-8").strip() == done.stdout.strip()
-    assert re.search(r"perplexity of \d+ tokens: base [\d.]+, adapter [\d.]+ \([+-][\d.]+ %\)", done.stderr)
+    found = re.search(r"perplexity of \d+ tokens: base ([\d.]+), adapter ([\d.]+) \(-[\d.]+ %\)", done.stderr)
+    assert found, done.stderr
+    assert float(found[2]) < 0.9 * float(found[1]), "what was read should be known"
+    assert re.search("Odo|Brask|Wenna|Skarravoe|Merganser|Sisters", done.stdout)
     assert f"saved to {out}" in done.stderr

@@ -1,17 +1,37 @@
-"""Token ids to text as they come, with no broken character.
+"""Between texts and tokens where a text is still growing.
 
-Uses tokenizers' own DecodeStream; a tokenizer written in Python falls back to decoding a short tail.
+Token ids to text as they come, with no broken character, by tokenizers' own DecodeStream; a tokenizer written
+in Python falls back to decoding a short tail.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
+if TYPE_CHECKING:
+    from templora.base import Base
+
 TAIL = 8  # tokens: more than any character spans
 UNFINISHED = "\ufffd"  # what a character decodes to before its last byte has come
+
+
+def open_ended(base: "Base", text: str) -> list[int]:
+    """Token ids of a text that goes on.
+
+    Many tokenizers cut the white space at the very end of a text otherwise than before a word. To a model two
+    line breaks in one token say that a third, or an indented line, comes next; and so it would go on.
+
+    Raises:
+        InvalidText: it holds halves of characters.
+    """
+    ids = base.encode(text)
+    if not text[-1:].isspace():
+        return ids
+    before = base.encode(text + "a")[:-1]
+    return before if before and base.decode(before) == base.decode(ids) else ids
 
 
 class Detokenizer:

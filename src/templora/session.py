@@ -16,6 +16,7 @@ from transformers import LogitsProcessorList
 
 from templora.adapter import Adapter
 from templora.base import Base
+from templora.detokenizer import open_ended
 from templora.errors import InvalidRecipe, InvalidText, NeedsFolder, SessionClosed
 from templora.events import ChunkScored, ChunkWritten, Event, Token, Warned
 from templora.learner import Learner
@@ -106,7 +107,7 @@ class Session:
         self._check_open()
         if not text:
             raise InvalidText("the text is empty; give at least one character")
-        self.extend(self.base.encode(text), text)
+        self.extend(open_ended(self.base, text), text)
         yield from self.learning(score_base=score_base)
 
     def learning(self, *, score_base: bool = False) -> Iterator[Event]:

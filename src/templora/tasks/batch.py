@@ -8,6 +8,7 @@ from typing import Any
 
 from templora.base import Base
 from templora.batch import Batch, Text
+from templora.detokenizer import open_ended
 from templora.errors import InvalidText
 from templora.events import End, Event
 from templora.pen import Wishes
@@ -126,7 +127,7 @@ def writing(
     """
     if not all(prompts):
         raise InvalidText(f"prompt {[*map(bool, prompts)].index(False) + 1} is empty; give it some text")
-    ids = [batch.base.encode(prompt) for prompt in prompts]
+    ids = [open_ended(batch.base, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda number: -len(ids[number]))
     for start in range(0, len(order), batch.size):
         group = [
