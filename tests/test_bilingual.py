@@ -182,6 +182,90 @@ def test_what_a_group_says_not_to_translate_stays(tmp_path: Path) -> None:
     assert {unit.get("id"): unit.findtext("{*}target") for unit in units} == {"a": None, "b": "B", "c": "C"}
 
 
+def xliff(path: Path, body: str, coding: str = "utf-8") -> None:
+    """A file of these units, which does not say what it is translated into."""
+    start = XLIFF.index("<header")
+    text = XLIFF[:start].replace(' target-language="en"', "").replace("UTF-8", coding)
+    path.write_bytes(f"{text}<body>{body}</body></file></xliff>".encode(coding))
+
+
+def filled(path: Path, targets: list[str], languages: tuple[str, str] = ("zh", "en")) -> str:
+    """The file with these targets, as it is then."""
+    out = path.with_name(f"out{path.suffix}")
+    bilingual.write(out, bilingual.read(path, languages).translated(targets, *languages), path)
+    assert [s.target for s in bilingual.read(out, languages).segments] == targets
+    return out.read_text("utf-8")
+
+
+def test_of_an_xliff_nothing_else_changes(tmp_path: Path) -> None:
+    unit = (
+        '<trans-unit id="1" approved="no"><!-- a --><source>One.  <![CDATA[<Two>]]></source>\n'
+        ' <seg-source><mrk mtype="seg">One.</mrk> <mrk mtype="seg">Two.</mrk></seg-source>{}\n'
+        " <?b c?><alt-trans><target>no</target></alt-trans></trans-unit>\n\n<?d e?><!-- f -->"
+    )
+    xliff(tmp_path / "a.xlf", unit.format(""))
+    before, after = (tmp_path / "a.xlf").read_text("utf-8"), filled(tmp_path / "a.xlf", ["Un"])
+    target = '\n <target state="needs-review-translation">Un</target>'
+    expected = before.replace(unit.format(""), unit.format(target))
+    expected = expected.replace('datatype="html"', 'datatype="html" target-language="en"')
+    assert etree.canonicalize(after, with_comments=True) == etree.canonicalize(expected, with_comments=True)
+    assert "<![CDATA[<Two>]]>" in after
+
+
+def test_inline_codes_are_no_words_and_old_words_do_not_stay(tmp_path: Path) -> None:
+    codes = 'A <{0}>{{\\b </{0}>bold<ph id="2">&lt;br/&gt;</ph> <{1}>word</{1}>'
+    code, mark = 'bpt id="1"', 'g id="3"'
+    source = codes.format(code, mark).replace(f"</{code}>", "</bpt>").replace(f"</{mark}>", "</g>")
+    xliff(
+        tmp_path / "a.xlf",
+        f'<trans-unit id="1"><source>{source}</source><target>{source}</target></trans-unit>',
+    )
+    assert bilingual.read(tmp_path / "a.xlf").segments == [Segment("A bold word", "A bold word")]
+    written = filled(tmp_path / "a.xlf", ["Un mot"])
+    assert source in written and '<target state="needs-review-translation">Un mot</target>' in written
+    memory(tmp_path / "a.tmx", "zh", [{"zh": source, "en": source}, {"zh": "<hi>x</hi>", "fr": "<hi>y</hi>"}])
+    assert bilingual.read(tmp_path / "a.tmx", ("zh", "en")).segments[0] == Segment(
+        "A bold word", "A bold word"
+    )
+    written = filled(tmp_path / "a.tmx", ["Un mot", "Deux"])
+    assert source in written and "<seg>Un mot</seg>" in written
+    assert "<seg><hi>x</hi></seg>" in written, "white space would be words"
+
+
+@pytest.mark.parametrize("coding", ["utf-16", "iso-8859-1"])
+def test_units_are_written_whatever_the_encoding_was(coding: str, tmp_path: Path) -> None:
+    xliff(tmp_path / "a.xlf", '<trans-unit id="1"><source>Café</source></trans-unit>', coding)
+    filled(tmp_path / "a.xlf", ["咖啡馆"])
+    memory(tmp_path / "a.tmx", "en", [{"en": "Café"}])
+    text = (tmp_path / "a.tmx").read_text("utf-8")
+    (tmp_path / "a.tmx").write_bytes(f'<?xml version="1.0" encoding="{coding}"?>{text}'.encode(coding))
+    filled(tmp_path / "a.tmx", ["咖啡馆"], ("en", "zh-Hans"))
+
+
+@pytest.mark.parametrize("name", ["a.xlf", "a.epub"])
+def test_a_source_that_was_changed_meanwhile_gets_no_translations(
+    name: str, book: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a.xlf").write_text(XLIFF, "utf-8")
+    found = bilingual.read(tmp_path / name)
+    if name == "a.xlf":
+        (tmp_path / name).write_text(XLIFF.replace(' translate="no"', ""), "utf-8")
+    else:
+        paged(book, HTML.format("<p>A word before</p><p>all others.</p>").encode()).rename(book)
+    with pytest.raises(InvalidText, match=f"{name} was changed while it was translated"):
+        bilingual.write(
+            tmp_path / f"b{book.suffix}" if name == "a.epub" else tmp_path / "b.xlf", found, tmp_path / name
+        )
+    assert not list(tmp_path.glob("*b.*"))
+
+
+@pytest.mark.parametrize("suffix", [".docx", ".RTF", ".odt"])
+def test_what_cannot_be_taken_apart_is_said(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / f"a{suffix}").write_bytes(b"{\\rtf1 Words}")
+    with pytest.raises(InvalidText, match="save it as EPUB or plain text"):
+        bilingual.read(tmp_path / f"a{suffix}")
+
+
 PAGE = """<?xml version="1.0" encoding="utf-8"?>
 <!DOCTYPE html>
 <html xmlns="http://www.w3.org/1999/xhtml" lang="fr" xml:lang="fr"><head><title>T</title></head>
@@ -302,6 +386,33 @@ def test_what_stays_in_a_paragraph_is_kept_once_and_not_translated(book: Path) -
             '<ol><li><a href="#a">PART</a> <ol><li><a href="#b">ONE</a></li></ol></li></ol>',
         ),
         (
+            "<div><section>One</section><section>Two <acronym>a</acronym></section></div>",
+            ["One", "Two a"],
+            "<div><section>ONE</section><section>TWO A</section></div>",
+        ),
+        (
+            "<center>c</center><address>d <i>e</i></address><nav>f<ol><li>g</li></ol></nav>",
+            ["c", "d e", "f", "g"],
+            "<center>C</center><address>D E</address><nav><span>F</span><ol><li>G</li></ol></nav>",
+        ),
+        (
+            # Lines of code stay as they are, whatever they stand in.
+            "<div><pre><code>a\n b</code></pre></div><ul><li>Say: <pre>c</pre> then<hr/>go</li></ul>",
+            ["Say:", "then", "go"],
+            "<div><pre><code>a\n b</code></pre></div>"
+            "<ul><li><span>SAY:</span><pre>c</pre><span>THEN</span><hr/><span>GO</span></li></ul>",
+        ),
+        (
+            "<p>a<script>no()</script></p><p><object data='x.svg'>no</object> b <iframe src='c'/></p>",
+            ["a", "b"],
+            '<p>A<script>no()</script></p><p>B<object data="x.svg">no</object><iframe src="c"/></p>',
+        ),
+        (
+            "<p><ruby>漢<rp>(</rp><rt>かん</rt><rp>)</rp>字<rt>じ</rt></ruby></p>",
+            ["漢字"],
+            "<p>漢字</p>",
+        ),
+        (
             "<div><p>a</p><script>no()</script><pre>no</pre><!-- no -->\n<section>b</section></div>",
             ["a", "b"],
             None,
@@ -318,6 +429,54 @@ def test_words_beside_a_block_are_a_passage(
         assert body is not None
         text = etree.tostring(body, encoding="unicode").replace(' xmlns="http://www.w3.org/1999/xhtml"', "")
         assert text == f"<body>{after}</body>"
+
+
+def test_what_is_not_translated_yet_stays_as_it_was(book: Path, tmp_path: Path) -> None:
+    page = HTML.replace("><head", ' lang="fr"><head').format(
+        '<p lang="fr">Un <em>mot</em></p><p>Deux <b>x</b></p>'
+    )
+    path = paged(book, page.encode())
+    found = bilingual.read(path)
+    *before, _ = found.segments
+    for targets, expected in (
+        (
+            [""] * len(before) + ["Two"],
+            page.replace("Deux <b>x</b>", "Two").replace('lang="fr"><head', 'lang="en"><head'),
+        ),
+        (["x"] * (len(before) - 1) + ["", ""], page),
+    ):
+        bilingual.write(tmp_path / "b.epub", found.translated(targets, "fr", "en"), path, overwrite=True)
+        with zipfile.ZipFile(tmp_path / "b.epub") as file:
+            written = file.read("EPUB/chapter-001.xhtml").decode()
+        assert written.removeprefix("<?xml version='1.0' encoding='utf-8'?>\n") == expected
+
+
+def test_the_language_is_named_wherever_it_was(book: Path) -> None:
+    _, page = translated(book, '<div xml:lang="fr"><p><i lang="fr">Tout</i></p><pre lang="fr">x</pre></div>')
+    named = [e.get("lang") or e.get("{http://www.w3.org/XML/1998/namespace}lang") for e in page.iter()]
+    assert [name for name in named if name] == ["en", "en", "fr"]
+
+
+@pytest.mark.parametrize(("said", "language", "now"), [("rtl", "en", "ltr"), (None, "he-IL", "rtl")])
+def test_the_direction_is_that_of_the_new_words(
+    said: str | None, language: str, now: str, book: Path, tmp_path: Path
+) -> None:
+    page = HTML.format("<p>a</p>").replace("<html", f'<html dir="{said}"' if said else "<html")
+    found = bilingual.read(paged(book, page.encode()))
+    targets = ["b"] * len(found.segments)
+    bilingual.write(
+        tmp_path / "b.epub", found.translated(targets, "fr", language), paged(book, page.encode())
+    )
+    with zipfile.ZipFile(tmp_path / "b.epub") as file:
+        assert etree.fromstring(file.read("EPUB/chapter-001.xhtml")).get("dir") == now
+
+
+@pytest.mark.parametrize("declared", ["", "<?xml version='1.0' encoding='UTF-8'?>"])
+def test_a_page_that_is_not_in_the_encoding_that_it_should_be_keeps_its_letters(
+    declared: str, book: Path
+) -> None:
+    page = declared + HTML.format("<p>Café — “oui”&nbsp;!</p>")
+    assert bilingual.read(paged(book, page.encode("cp1252"))).segments[-1].source == "Café — “oui” !"
 
 
 @pytest.mark.parametrize("name", ["META-INF/container.xml", "EPUB/content.opf", "EPUB/chapter-001.xhtml"])
@@ -410,14 +569,15 @@ def test_control_characters_do_not_break_xml(tmp_path: Path) -> None:
 def test_what_a_person_has_approved_stays(tmp_path: Path) -> None:
     unit = '<trans-unit id="{n}"{more}><source>S{n}</source><target{state}>T{n}</target></trans-unit>'
     approved = unit.format(n=1, more=' approved="yes"', state=' state="final"')
-    units = approved + unit.format(n=2, more="", state="")
+    signed = unit.format(n=3, more="", state=' state="signed-off"')
+    units = approved + unit.format(n=2, more="", state="") + signed
     (tmp_path / "in.xlf").write_text(
         '<?xml version="1.0"?><xliff version="1.2" xmlns="urn:oasis:names:tc:xliff:document:1.2"><file '
         'original="a" source-language="en" target-language="fr" datatype="plaintext"><body>'
         f"{units}</body></file></xliff>"
     )
-    document = bilingual.read(tmp_path / "in.xlf").translated(["neu", "neu"], "en", "fr")
+    document = bilingual.read(tmp_path / "in.xlf").translated(["neu"] * 3, "en", "fr")
     bilingual.write(tmp_path / "out.xlf", document, tmp_path / "in.xlf")
-    assert [s.target for s in bilingual.read(tmp_path / "out.xlf").segments] == ["T1", "neu"]
+    assert [s.target for s in bilingual.read(tmp_path / "out.xlf").segments] == ["T1", "neu", "T3"]
     written = (tmp_path / "out.xlf").read_text()
     assert 'approved="yes"' in written and 'state="final"' in written

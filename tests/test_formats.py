@@ -221,6 +221,14 @@ def test_an_epub_page_is_in_the_encoding_that_it_says(
     assert book.read(path).text == f"# {text}\n\n{text}\n"
 
 
+def test_words_of_an_epub_page_are_not_glued_and_none_come_twice(tmp_path: Path) -> None:
+    page = (
+        "<html><body><table><tr><th>Name</th><td>Age</td></tr></table><aside>a</aside><aside>b</aside>"
+        "<p><ruby>漢<rp>(</rp><rt>かん</rt><rp>)</rp>字</ruby>を</p></body></html>"
+    )
+    assert book.read(with_page(tmp_path, page.encode())).text == "Name Age\n\na\n\nb\n\n漢字を\n"
+
+
 def test_an_epub_page_of_html_is_read_as_such(tmp_path: Path) -> None:
     page = '<html><head><meta charset="iso-8859-1"/></head><body>Words of its own.<p>Café</p></body></html>'
     path = with_page(tmp_path, page.encode("iso-8859-1"))

@@ -232,6 +232,19 @@ def test_a_chat_model_is_asked_through_its_own_template() -> None:
     assert template.end_ids(base) == [256]
 
 
+def test_a_chat_model_does_not_think_aloud_and_ends_as_its_template_does() -> None:
+    base = tiny_base()
+    base.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }};\n{% endfor %}"
+        "{% if add_generation_prompt and enable_thinking is not defined %}<think>{% endif %}"
+    )
+    template = load("chat", base, "zh", "en")
+    assert base.decode(template.ids(base, [], "a", {})).endswith("user: a;\n")
+    (semicolon,) = base.encode(";")
+    base.model.generation_config.eos_token_id = [256, semicolon]
+    assert template.end_ids(base) == [semicolon]
+
+
 @pytest.mark.parametrize("text", ["prompt: [", "end: x", "prompt: '{nonsense}'\nend: x", "prompt: x\nodd: y"])
 def test_a_template_that_cannot_work_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text(text)
@@ -258,6 +271,21 @@ def test_a_translation_with_too_few_or_too_many_lines_loses_nothing() -> None:
     parts = blocks(["a", "", "b", "c"], "en", len, 100)
     assert assembled(parts, ["A\nB"], 4, "en") == ["A", "", "B", ""]
     assert assembled(parts, ["A\nB\nC\nD"], 4, "en") == ["A", "", "B", "C D"]
+    assert assembled(parts, ["A\n\nB\n \nC"], 4, "en") == ["A", "", "B", "C"]
+
+
+def test_spaces_that_mean_something_stay() -> None:
+    parts = blocks(["a", "b"], "en", len, 100)
+    assert assembled(parts, ["Quoi\u202f! \u2028«\xa0Ça\xa0»\n\u3000え？\u3000何"], 2, "fr") == [
+        "Quoi\u202f! «\xa0Ça\xa0»",
+        "\u3000え？\u3000何",
+    ]
+
+
+@pytest.mark.parametrize("language", ["zh", "zh-Hans", "zh_CN", "ZH"])
+def test_pieces_are_joined_as_the_language_is_written(language: str) -> None:
+    parts = blocks(["苏绵来了。她走了。"], language, len, 6)
+    assert assembled(parts, [part.source for part in parts], 1, language) == ["苏绵来了。她走了。"]
 
 
 # The command.
@@ -611,6 +639,45 @@ def test_a_failing_editor_costs_nothing(
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+def test_an_editor_that_saves_nothing_accepts_nothing(
+    tiny: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    editor("true", monkeypatch)
+    done = CliRunner().invoke(app, ["translate", *arguments(tiny).split(), "--review"], input="e\n")
+    assert done.exit_code == 130 and done.stderr.count("[e]dit") == 2
+    assert not Path("out.txt").exists()
+
+
+def test_a_template_that_was_changed_is_another(tiny: str, here: Path) -> None:
+    Path("mine.yaml").write_text("prompt: '{source}\n'\nend: '\n\n'\n")
+    run(f"{arguments(tiny)} --prompt-template mine.yaml")
+    run(f"{arguments(tiny)} --prompt-template mine.yaml")
+    Path("mine.yaml").write_text("prompt: '{source} = '\nend: '\n\n'\n")
+    refused(f"{arguments(tiny)} --prompt-template mine.yaml", "was begun with wording")
+
+
+def test_one_signal_ends_the_learning_of_what_was_translated_before(
+    tiny: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = f"{arguments(tiny)} --corrections fixes"
+    run(line)
+    Path("fixes/00000.txt").write_text("Su Mian came.\n", "utf-8")
+    again: list[int] = []
+    learn_again = Translator.learn_again
+
+    def interrupted(made: Translator, record: Any) -> list[Event]:
+        again.append(1)
+        signal.raise_signal(signal.SIGINT)
+        return learn_again(made, record)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Translator, "learn_again", interrupted)
+        done = CliRunner().invoke(app, ["translate", *line.split()])
+    assert (done.exit_code, again) == (130, [1])
+    assert Path("out.txt").read_text("utf-8").startswith("Su Mian came.\n")
+    run(line)
+
+
 def test_who_stops_reviewing_keeps_what_is_done(tiny: str, here: Path) -> None:
     line = [*arguments(tiny).split(), "--review"]
     done = CliRunner().invoke(app, ["translate", *line], input="")
@@ -722,6 +789,8 @@ def test_a_guessed_encoding_is_said(tiny: str, here: Path) -> None:
         ("de.txt --from de --to en --out o.txt --window 0", "recipe key window: "),
         ("de.txt --from de --to en --out o.txt --chunk 0", "recipe key chunk: "),
         ("de.txt --from de --to en --out o.txt --references en.txt --review", "leaves no draft to review"),
+        ("de.txt --from de --to en --out o.txt --session o.txt", "o.txt cannot be a folder as well"),
+        ("de.txt --from de --to en --out o.txt --corrections o.txt", "o.txt cannot be a folder as well"),
     ],
 )
 def test_what_cannot_work_is_one_line(line: str, reason: str, tiny: str, here: Path) -> None:

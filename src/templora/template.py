@@ -4,6 +4,7 @@ Templates are YAML files. One with `end` is plain text; one without uses the mod
 a pair, and a translation ends with the model's end-of-text token.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -43,11 +44,20 @@ class Template:
         before = "".join(self._filled(self.prompt, source=a) + b + self.end for a, b in pairs)
         return [*base.prefix_ids, *base.encode(asked + before + self._filled(self.prompt, source=source))]
 
+    @property
+    def digest(self) -> str:
+        """Tells one wording from another."""
+        return hashlib.sha256(repr((self.prompt, self.end, self.terms, self.system)).encode()).hexdigest()[:8]
+
     def end_ids(self, base: Base) -> list[int]:
         """What the model writes after a translation."""
         if self.end is not None:
             return base.encode(self.end)
-        return base.eos_ids[:1]
+        # Of several tokens that end a text, the one with which its chat template ends an answer.
+        answer = "\u2603"
+        turns = [{"role": "user", "content": answer}, {"role": "assistant", "content": answer}]
+        after = base.encode(_text_of(base, turns, ask=False).rpartition(answer)[2])
+        return [*(token for token in after if token in base.eos_ids), *base.eos_ids][:1]
 
     def _chat(self, base: Base, pairs: Sequence[Pair], source: str, asked: str) -> list[int]:
         turns: list[dict[str, str]] = []
@@ -68,8 +78,15 @@ class Template:
 
 
 def _ids_of(base: Base, messages: list[dict[str, str]]) -> list[int]:
-    text: Any = base.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return base.encode(str(text))
+    return base.encode(_text_of(base, messages, ask=True))
+
+
+def _text_of(base: Base, messages: list[dict[str, str]], *, ask: bool) -> str:
+    # Models that would think aloud first, such as Qwen3, are told not to: all they write is the translation.
+    text: Any = base.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=ask, tokenize=False, enable_thinking=False
+    )
+    return str(text)
 
 
 def load(name: str | Path, base: Base, source_language: str, target_language: str) -> Template:

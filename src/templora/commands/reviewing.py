@@ -37,7 +37,8 @@ def ask(source: str, draft: str) -> str:
             except (click.ClickException, UnicodeDecodeError) as error:
                 say(f"{error}; edit it again, accept the draft, or stop and set EDITOR to another editor")
                 continue
-            return draft if edited is None else edited.strip()
+            if edited is not None:  # nothing saved, or an editor that does not wait: that accepts nothing
+                return edited.strip()
 
 
 @contextmanager

@@ -74,6 +74,8 @@ def translate(
         is_source = out.exists() and source.exists() and out.samefile(source)
         if is_source or (out.exists() and not exists(folder)):
             raise OutputError(f"{out} exists and is never overwritten; choose another --out")
+        if out.absolute() in [place.absolute() for place in (folder, corrections) if place]:
+            raise OutputError(f"{out} cannot be a folder as well; choose another --out")
         document = _read(source, (from_, to))
         sources = [segment.source for segment in document.segments]
         if not any(text.strip() for text in sources):
@@ -104,6 +106,7 @@ def translate(
             "from": from_,
             "to": to,
             "template": prompt_template,
+            "wording": translator.template.digest,
             "pairs": context_pairs,
             "passage": budget,
             "terms": translator.terms,
@@ -152,7 +155,10 @@ class _Job:
                 ledger.correct(number, target)
                 say(f"passage {number} was corrected; what follows is learned anew")
             self.corrections.complete(ledger.records)
-        _warn(ledger.restore(translator))
+        for event in ledger.restore(translator):
+            _warn([event])
+            if interrupted:
+                return
         left = enumerate(self.parts[len(ledger.records) :], len(ledger.records))
         if self.corrections and any(self.corrections.given(number, part) for number, part in left):
             say(f"{self.corrections.path} holds translations of passages to come: learned as they are")
@@ -277,6 +283,7 @@ def _references(path: Path, segments: int, languages: tuple[str, str]) -> list[s
         InvalidText: they are not as many as the source's, or none is translated.
     """
     from templora.formats import bilingual
+    from templora.tasks.passages import in_one_line
 
     found = _read(path, languages).segments
     if len(found) != segments:
@@ -286,4 +293,4 @@ def _references(path: Path, segments: int, languages: tuple[str, str]) -> list[s
     texts = [s.source if alone else s.target or "" for s in found]
     if not any(text.strip() for text in texts):
         raise InvalidText(f"{path} holds no translations; leave out --references, or give a file that does")
-    return [" ".join(text.split()) for text in texts]
+    return [in_one_line(text) if text.strip() else "" for text in texts]

@@ -1,14 +1,13 @@
 """Files of segments, with or without translations: plain text, TSV, TMX, XLIFF, EPUB; in, and out again."""
 
 import os
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from templora.errors import InvalidText, OutputError
-from templora.formats import book, side_by_side
+from templora.formats import book, side_by_side, units
 from templora.formats.extra import needed
 
 TOOLKIT = {".tmx": ("tmx", "tmxfile"), ".xlf": ("xliff", "xlifffile"), ".xliff": ("xliff", "xlifffile")}
@@ -16,6 +15,7 @@ XML_LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
 Languages = tuple[str | None, str | None]  # of the source, of the target
 # What would be plain text under the name of something else.
 NO_TEXT = frozenset((".docx", ".doc", ".odt", ".rtf", ".pdf", ".mobi", ".azw3", ".xz", ".gz", ".bz2", ".zip"))
+UNREAD = NO_TEXT - {".xz"}
 ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
 
 
@@ -69,6 +69,8 @@ def read(path: Path, languages: Languages = (None, None)) -> Document:
         return Document([Segment(text) for text in epub_pages.read(path)])
     if suffix in TOOLKIT:
         return _from_toolkit(path, languages)
+    if suffix in UNREAD:
+        raise InvalidText(f"{path} cannot be taken apart as {suffix}; save it as EPUB or plain text")
     plain = book.plain(path)
     lines = plain.text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
     segments = [_row(line, path) if suffix == ".tsv" else Segment(line) for line in lines]
@@ -157,8 +159,8 @@ def _text(path: Path, text: str) -> None:
 def _epub(path: Path, document: Document, original: Path) -> None:
     from templora.formats import epub_pages
 
-    targets = [segment.target or segment.source for segment in document.segments]
-    epub_pages.write(path, original, targets, document.languages[1])
+    _check_unchanged(original, document, epub_pages.read(original))
+    epub_pages.write(path, original, [segment.target for segment in document.segments], document.languages[1])
 
 
 def _row(line: str, path: Path) -> Segment:
@@ -232,54 +234,46 @@ def _plain(language: str) -> str:
     return language.replace("_", "-").lower()
 
 
-def _units(store: Any) -> list[Any]:
-    return [unit for unit in store.units if unit.istranslatable() and _is_meant(unit.xmlelement)]
-
-
-def _is_meant(element: Any) -> bool:
-    """Whether it is to be translated: as the nearest says that says anything, such as the group round it."""
-    around = (outer.get("translate") for outer in (element, *element.iterancestors()))
-    return next(filter(None, around), "yes").lower() != "no"
-
-
 def _from_toolkit(path: Path, asked: Languages) -> Document:
     store = _store(path, asked)
-    segments = [Segment(unit.source or "", unit.target or None) for unit in _units(store)]
+    segments = [Segment(*units.texts(unit)) for unit in units.meant(store)]
     return Document(segments, (store.getsourcelanguage(), store.gettargetlanguage()), asked)
 
 
 def _with_toolkit(path: Path, suffix: str, document: Document, original: Path) -> None:
     source, target = document.languages
     module, name = TOOLKIT[suffix]
-    begun = TOOLKIT.get(original.suffix.lower()) != (module, name)
-    if not begun:
+    if TOOLKIT.get(original.suffix.lower()) == (module, name):
         store = _store(original, document.asked)
-        units = _units(store)
-    else:
-        kind = getattr(needed(f"translate.storage.{module}", f"writing {suffix} files", "translate"), name)
-        store = kind(sourcelanguage=source, targetlanguage=target)
-        units = [_unit(store, number, s) for number, s in enumerate(document.segments, 1)]
-    spelled = None if begun or module != "tmx" else store.gettargetlanguage()
-    for unit, segment in zip(units, document.segments, strict=True):
-        approved = module == "xliff" and unit.target and unit.isapproved()  # by a person: it stays
-        if segment.target and segment.target != unit.target and not approved:
-            unit.settarget(_printable(segment.target), spelled or target or "und")
+        found = units.meant(store)
+        _check_unchanged(original, document, [units.texts(unit)[0] for unit in found])
+        pairs = [(unit, s.target) for unit, s in zip(found, document.segments, strict=True)]
+        path.write_bytes(units.filled(store, pairs, target or "und", is_xliff=module == "xliff"))
+        return
+    kind = getattr(needed(f"translate.storage.{module}", f"writing {suffix} files", "translate"), name)
+    store = kind(sourcelanguage=source, targetlanguage=target)
+    for number, segment in enumerate(document.segments, 1):
+        unit = store.addsourceunit(units.printable(segment.source))
+        if hasattr(unit, "setid"):
+            unit.setid(str(number))
+        if segment.target:
+            unit.settarget(units.printable(segment.target), target or "und")
             if module == "xliff":
                 unit.markreviewneeded()  # no person has approved it
     content = bytes(store)
-    if module == "xliff" and begun:
+    if module == "xliff":
         # The toolkit begins files of version 1.1; all of it is in 1.2, which is what tools expect today.
         content = content.replace(b":document:1.1", b":document:1.2", 1).replace(b'"1.1"', b'"1.2"', 1)
     path.write_bytes(content)
 
 
-def _unit(store: Any, number: int, segment: Segment) -> Any:
-    unit = store.addsourceunit(_printable(segment.source))
-    if hasattr(unit, "setid"):
-        unit.setid(str(number))
-    return unit
+def _check_unchanged(original: Path, document: Document, sources: Sequence[str]) -> None:
+    """See that the translations go where their sources are.
 
-
-def _printable(text: str) -> str:
-    """Without the characters that XML cannot hold."""
-    return re.sub("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\ud800-\\udfff\\ufffe\\uffff]", "", text)
+    Raises:
+        InvalidText: somebody has changed the file since it was read.
+    """
+    if sources != [segment.source for segment in document.segments]:
+        raise InvalidText(
+            f"{original} was changed while it was translated; put back what it was, or begin anew"
+        )

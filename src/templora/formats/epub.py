@@ -16,8 +16,11 @@ from templora.formats.extra import needed
 # Elements that begin a paragraph of their own.
 BLOCKS = frozenset(
     re.findall(r"\w+", "p div h1 h2 h3 h4 h5 h6 li blockquote pre section article header footer tr hr dt dd")
+) | frozenset(
+    re.findall(r"\w+", "main aside figure figcaption caption address center details summary hgroup legend")
 )
-SILENT = frozenset(("script", "style", "head", "title", "nav"))
+# The last three: the small characters above others say the same once more.
+SILENT = frozenset(("script", "style", "head", "title", "nav", "rt", "rtc", "rp"))
 DECLARED = re.compile(rb"""(?:\xef\xbb\xbf)?<\?xml[^>]*?\sencoding\s*=\s*["']([\w.:-]+)""")
 
 
@@ -123,6 +126,8 @@ def _collect(element: Any, blocks: list[list[str]]) -> None:
             blocks.append(["#" * int(tag[1]) + " "] if re.fullmatch("h[1-6]", tag) else [])
         if tag == "br":
             blocks[-1].append("\v")  # a line break that survives the joining of white space
+        if tag in ("td", "th"):
+            blocks[-1].append(" ")  # a row is one paragraph
         blocks[-1].append(element.text or "")
         for child in element:
             _collect(child, blocks)

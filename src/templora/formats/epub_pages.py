@@ -16,21 +16,33 @@ from typing import Any
 from urllib.parse import unquote
 
 from templora.errors import InvalidText
+from templora.formats.epub import DECLARED
 from templora.formats.extra import needed
 
 # What holds a paragraph, if nothing inside of it does.
-BLOCKS = frozenset(re.findall(r"\w+", "p h1 h2 h3 h4 h5 h6 li dt dd td th caption figcaption blockquote div"))
+BLOCKS = frozenset(
+    re.findall(r"\w+", "p h1 h2 h3 h4 h5 h6 li dt dd td th caption figcaption blockquote div address center")
+) | frozenset(
+    re.findall(r"\w+", "section article main aside header footer figure nav details summary hgroup legend")
+)
+APART = frozenset(["pre", "hr"])  # what stands between paragraphs and stays as it is
 # What is part of a line of text.
 INLINE = frozenset(
-    re.findall(
-        r"\w+", "a abbr b bdi bdo big br cite code data del dfn em font i ins kbd mark q rb rp rt rtc ruby"
-    )
-) | frozenset(re.findall(r"\w+", "s samp small span strike strong sub sup time tt u var wbr"))
+    re.findall(r"\w+", "a abbr acronym b bdi bdo big br cite code data del dfn em font i ins kbd label mark")
+) | frozenset(
+    re.findall(r"\w+", "q rb rp rt rtc ruby s samp small span strike strong sub sup time tt u var wbr")
+)
 # What can have words of its own beside the blocks inside of it.
-HOLDERS = BLOCKS | INLINE | {"body", "section", "article", "main", "aside", "header", "footer", "figure"}
-KEPT = frozenset(["img", "image", "svg", "math", "audio", "video"])  # what stays of a paragraph's inside
+HOLDERS = BLOCKS | INLINE | {"body"}
+# What stays of a paragraph's inside.
+KEPT = frozenset(
+    re.findall(r"\w+", "img image svg math audio video picture object embed iframe canvas script style")
+)
+READINGS = frozenset(["rt", "rtc", "rp"])  # the small characters above others say the same once more
 # The entities of XML itself stay, and so does what only looks like one.
 NAMED = re.compile(rb"<!--.*?-->|<!\[CDATA\[.*?\]\]>|&(?!(?:amp|lt|gt|quot|apos);)(\w+;)", re.DOTALL)
+# Languages that are written from right to left.
+LEFTWARD = frozenset(re.findall(r"\w+", "ar arc ckb dv fa he iw ps sd ug ur yi"))
 CONTAINER = "META-INF/container.xml"
 LANGUAGE = "{http://purl.org/dc/elements/1.1/}language"
 XML_LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
@@ -46,8 +58,10 @@ def read(path: Path) -> list[str]:
         return [_text(block) for _, root in _pages(file, path) for block in _passages(root)]
 
 
-def write(path: Path, original: Path, targets: Sequence[str], language: str | None) -> None:
-    """The original with its paragraphs replaced, one after another. language: of the new text.
+def write(path: Path, original: Path, targets: Sequence[str | None], language: str | None) -> None:
+    """The original with its paragraphs replaced, one after another; what has no target stays as it is.
+
+    language: of the new text.
 
     Raises:
         InvalidText: the original is damaged. OSError: it cannot be written.
@@ -57,10 +71,11 @@ def write(path: Path, original: Path, targets: Sequence[str], language: str | No
         rest = iter(targets)
         changed: dict[str, bytes] = {}
         for name, root in _pages(file, original):
-            for block in _passages(root):
-                _replace(block, next(rest, ""))
-            _set_language(root, language)
-            changed[name] = _serialised(root, etree)
+            pairs = [(block, target) for block in _passages(root) if (target := next(rest, None))]
+            for block, target in pairs:
+                _set_language(_replace(block, target), language)
+            if pairs:
+                changed[name] = _serialised(root, etree)
         package = _package(file, original)
         root = _parsed(file, package, original)
         for element in root.iter(LANGUAGE):
@@ -91,11 +106,27 @@ def _unpacked(file: zipfile.ZipFile, name: str | zipfile.ZipInfo, path: Path) ->
 
 def _parsed(file: zipfile.ZipFile, name: str, path: Path) -> Any:
     etree = needed("lxml.etree", "reading EPUB")
-    content = _numbered(_unpacked(file, name, path))
+    content = _numbered(_in_its_encoding(_unpacked(file, name, path)))
     try:
-        return etree.fromstring(content, etree.XMLParser(resolve_entities=False, recover=True))
+        return etree.fromstring(
+            content, etree.XMLParser(resolve_entities=False, recover=True, strip_cdata=False)
+        )
     except etree.LxmlError as error:
         raise InvalidText(f"{path} is not an EPUB file ({error}); convert it anew") from error
+
+
+def _in_its_encoding(content: bytes) -> bytes:
+    """As it is; in that of old web pages where it is not what it should be: the parser would lose letters."""
+    declared = DECLARED.match(content)
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or (
+        declared and declared[1].lower() != b"utf-8"
+    ):
+        return content
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return content.decode("cp1252", "replace").encode()
+    return content
 
 
 def _numbered(content: bytes) -> bytes:
@@ -144,6 +175,8 @@ def _passages(root: Any) -> list[Any]:
 
 
 def _blocks(element: Any) -> Iterator[Any]:
+    if _local(element) in KEPT | APART:
+        return
     if _local(element) in BLOCKS and not _holds_block(element):
         if _text(element):
             yield element
@@ -171,11 +204,12 @@ def _beside_blocks(element: Any) -> Iterator[Any]:
 
 def _in_line(element: Any) -> bool:
     name = _local(element)
-    return not name or ((name in INLINE or name in KEPT) and not _holds_block(element))
+    return not name or name in KEPT or (name in INLINE and not _holds_block(element))
 
 
 def _holds_block(element: Any) -> bool:
-    return any(_local(inner) in BLOCKS for inner in element.iterdescendants())
+    inside = (inner for inner in element if _local(inner) not in KEPT)
+    return any(_local(inner) in BLOCKS | APART or _holds_block(inner) for inner in inside)
 
 
 def _single(words: str, run: list[Any]) -> Any:
@@ -214,17 +248,24 @@ def _words(text: str | None, inside: Iterable[Any]) -> Iterator[str]:
     for inner in inside:
         if _local(inner) == "br":
             yield " "
-        if _local(inner) and _local(inner) not in KEPT:  # a comment has no name, only what follows it
+        # A comment has no name, only what follows it.
+        if _local(inner) and _local(inner) not in KEPT | READINGS:
             yield from _words(inner.text, inner)
         yield inner.tail or ""
 
 
 def _worded(element: Any) -> bool:
-    return _local(element) not in KEPT and bool(_local(element)) and bool(_text(element))
+    """Whether it can hold words by itself, and does; where readings stood above some there would be none."""
+    name = _local(element)
+    return bool(name) and name != "ruby" and name not in KEPT | READINGS and bool(_text(element))
 
 
-def _replace(element: Any, text: str) -> None:
-    """Other words in it. Its pictures come after them, and whatever was linked to can still be linked to."""
+def _replace(element: Any, text: str) -> Any:
+    """Other words in it. Its pictures come after them, and whatever was linked to can still be linked to.
+
+    Returns:
+        The element that they stand in: it, or one inside of it.
+    """
     element = _around_all_words(element)
     inside = [inner for inner in element.iterdescendants() if _local(inner)]
     pictures = [inner for inner in inside if _local(inner) in KEPT]
@@ -240,6 +281,7 @@ def _replace(element: Any, text: str) -> None:
     for inner in kept:
         inner.tail = None
         element.append(inner)
+    return element
 
 
 def _around_all_words(element: Any) -> Any:
@@ -250,11 +292,15 @@ def _around_all_words(element: Any) -> Any:
     return element
 
 
-def _set_language(root: Any, language: str | None) -> None:
-    if language:
+def _set_language(element: Any, language: str | None) -> None:
+    """Of its words, and their direction, wherever one is named."""
+    leftward = re.split("[-_]", (language or "").lower())[0] in LEFTWARD
+    for around in (element, *element.iterancestors()) if language else ():
+        if around.get("dir") in ("ltr", "rtl") or (leftward and _local(around) == "html"):
+            around.set("dir", "rtl" if leftward else "ltr")
         for name in (XML_LANGUAGE, "lang"):
-            if name in root.attrib:
-                root.set(name, language)
+            if name in around.attrib:
+                around.set(name, language)
 
 
 def _serialised(root: Any, etree: Any) -> bytes:

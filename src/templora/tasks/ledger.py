@@ -83,7 +83,8 @@ class Ledger:
             WrongBase: the message says what differs.
         """
         header.check_base(self.header, base, self.folder)
-        was: dict[str, Any] = {**self.header["recipe"], **self.header["translation"]}
+        # Translations of old do not say all of them.
+        was: dict[str, Any] = {**settings, **self.header["recipe"], **self.header["translation"]}
         was["seed"] = self.header["seed"]
         settings = {**recipe.model_dump(mode="json"), **settings, "seed": seed}
         keys = [key for key in settings if settings[key] != was.get(key)]

@@ -1,5 +1,6 @@
 """A book as passages that fit a prompt: whole segments, or sentences of one that is too long."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -61,7 +62,7 @@ def blocks(
 def pieces(text: str, language: str, count: Count, budget: int) -> list[str]:
     """A long line as runs of whole sentences; a sentence that is too long is cut at spaces, or anywhere."""
     split = needed("sentencex", "splitting long paragraphs into sentences", "translate")
-    sentences = [sentence for sentence in split.segment(language.partition("-")[0], text) if sentence.strip()]
+    sentences = [sentence for sentence in split.segment(_code(language), text) if sentence.strip()]
     made: list[str] = []
     for sentence in sentences:
         for part in _cut(sentence, count, budget):
@@ -75,16 +76,28 @@ def pieces(text: str, language: str, count: Count, budget: int) -> list[str]:
 def assembled(blocks: Sequence[Block], targets: Sequence[str], segments: int, language: str) -> list[str]:
     """Translations of passages as translations of segments.
 
-    A translation with more lines than its passage keeps the rest in the last line's segment.
+    Blank lines count for nothing where there is a line for each segment without them. A translation with more
+    lines than its passage keeps the rest in the last line's segment.
     """
     parts: list[list[str]] = [[] for _ in range(segments)]
     for block, target in zip(blocks, targets, strict=False):
         last = len(block.places) - 1
-        lines = target.split("\n", last) if last else [" ".join(target.split("\n"))]
+        worded = [line for line in target.split("\n") if line.strip()]
+        lines = worded if len(worded) == last + 1 else target.split("\n", last)
         for place, line in zip(block.places, lines, strict=False):
-            parts[place].append(" ".join(line.split()))
-    space = "" if language.partition("-")[0] in UNSPACED else " "
+            parts[place].append(in_one_line(line))
+    space = "" if _code(language) in UNSPACED else " "
     return [space.join(part) for part in parts]
+
+
+def in_one_line(text: str) -> str:
+    """A translation without line breaks. Spaces that do not break, or are as wide as a letter, are meant."""
+    return re.sub(r"[ \t\n\r\f\v\x1c-\x1f\x85\u2028\u2029]+", " ", text).strip(" ")
+
+
+def _code(language: str) -> str:
+    """zh of zh-Hans, zh_CN and ZH."""
+    return re.split("[-_]", language.lower())[0]
 
 
 def _cut(sentence: str, count: Count, budget: int) -> Iterator[str]:
