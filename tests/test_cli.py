@@ -31,8 +31,9 @@ from transformers import (
 from typer.testing import CliRunner, Result
 
 import templora
+from templora import report
 from templora.cli import app
-from templora.events import EVENTS
+from templora.events import EVENTS, Event
 from templora.testing import ByteTokenizer, tiny_llama
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
@@ -203,6 +204,12 @@ def test_a_session_that_read_a_file_goes_on_in_it(tiny: str, tmp_path: Path) -> 
     done = templora_write("--session", folder, "--read", out, "--out", out, "--tokens", 20)
     assert exported(folder) == out.read_bytes().decode(), "what was added by hand is read, and that alone"
     assert exported(folder).startswith(text + " The tide turned.")
+    text = out.read_text("utf-8")
+    out.write_text(text[:-4], "utf-8", newline="")  # as a power failure may leave it
+    done = templora_write("--session", folder, "--read", out, "--out", out, "--tokens", 20)
+    assert "lacks the last 4 characters" in done.stderr
+    assert exported(folder) == out.read_bytes().decode()
+    assert exported(folder).startswith(text)
 
 
 def test_what_is_said_to_go_on_with_goes_on(tiny: str, tmp_path: Path) -> None:
@@ -304,7 +311,11 @@ def test_a_model_that_cannot_work_is_one_line(kind: str, reason: str, tmp_path: 
             "window 120 + chunk 16 exceed the 128 positions of this base; the largest window is 112",
         ),
         (["--window", "0"], "recipe key window: "),
-        (["--temperature", "-1"], "temperature is -1.0; it must be 0 or more"),
+        (["--temperature", "-1"], "temperature is -1.0; it must be 0, or between 1e-12 and 1e+12"),
+        (["--temperature", "1e-45"], "temperature is 1e-45; it must be 0, or between"),
+        (["--repetition-penalty", "1e-40"], "repetition_penalty is 1e-40; it must be between"),
+        (["--stop", ""], "a string to stop at is empty"),
+        (["--read", "{tmp}/book.epub"], "{tmp}/book.epub is a book, not plain text; `templora read`"),
         (["--top-p", "2"], "top_p is 2.0; it must be above 0 and at most 1"),
         (["--dtype", "float99"], "no dtype 'float99'; choose float32"),
         (["--device", "nowhere"], "cannot use device 'nowhere' ("),
@@ -328,6 +339,7 @@ def test_an_error_is_one_line_with_cause_and_cure(
     (tmp_path / "utf16.txt").write_text(PROMPT, "utf-16")
     (tmp_path / "binary").write_bytes(b"PK\x03\x04\x00\x00text")
     (tmp_path / "empty.txt").write_text(" \n", "utf-8")
+    (tmp_path / "book.epub").write_bytes(b"PK")
     for name, config in (("broken", "{not json"), ("weightless", '{"model_type": "llama"}')):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(config)
@@ -415,8 +427,9 @@ def test_a_disk_that_is_full_loses_nothing_that_was_written(tiny: str, tmp_path:
         done = templora_write(*args, "--out", out)
     assert f"cannot write to {out}: File too large; free some space" in refusal(done)
     assert templora_write(*args, "--out", whole).exit_code == 0
-    assert len(out.read_bytes()) == 100
-    assert whole.read_bytes().startswith(out.read_bytes())
+    kept = out.read_text("utf-8")  # no half of a character, with which it could not go on
+    assert 96 < len(kept.encode()) <= 100
+    assert whole.read_text("utf-8").startswith(kept)
 
 
 @contextmanager
@@ -459,6 +472,37 @@ def test_ctrl_c_stops_after_the_token_and_the_last_line_says_how_to_go_on(
     assert where == f"interrupted; all that was written is in {out}"
     assert last.startswith(f"go on with: templora write --read {out} --out {out}")
     assert "Traceback" not in errors.decode()
+
+
+def test_a_file_that_got_nothing_is_taken_away_and_what_is_said_goes_on_without_it(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    novel, out = tmp_path / "novel.txt", tmp_path / "out.txt"
+    novel.write_text(PROMPT, "utf-8")
+    real = report.send
+
+    def interrupted(*args: Any) -> Iterator[Event]:
+        for event in real(*args):
+            signal.raise_signal(signal.SIGINT)
+            yield event
+
+    with monkeypatch.context() as patched:
+        patched.setattr(report, "send", interrupted)
+        done = templora_write("--read", novel, "--out", out, "--model", tiny, *SIZES, "--tokens", 20)
+    where, go_on = done.stderr.splitlines()
+    assert (done.exit_code, where) == (130, "interrupted before anything was written")
+    assert not out.exists()
+    again = CliRunner().invoke(app, shlex.split(go_on.removeprefix("go on with: templora ")))
+    assert again.exit_code == 0
+    assert out.read_bytes() == again.stdout_bytes != b""
+
+
+def test_without_a_stream_the_program_has_one_that_leads_nowhere(tiny: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.txt"
+    line = shlex.join(command("write", PROMPT, "--model", tiny, *SIZES, "--tokens", 5, "--out", out))
+    done = subprocess.run(f"{line} >&- 2>&-", shell=True, check=False)
+    assert done.returncode == 0
+    assert out.read_text("utf-8").startswith(PROMPT)
 
 
 @pytest.mark.slow

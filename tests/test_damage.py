@@ -17,7 +17,8 @@ import pytest
 from typer.testing import CliRunner
 
 import templora
-from templora import header, journal, versions
+from templora import durable as durable_module
+from templora import header, journal, shelf, versions
 from templora.cli import app
 from templora.durable import DurableSession
 from templora.errors import (
@@ -27,6 +28,7 @@ from templora.errors import (
     SessionLocked,
 )
 from templora.events import Event, Token, Warned
+from templora.lock import Lock
 from tests.sessions import BASE, base, durable, in_memory, killed, state, written
 
 pytestmark = pytest.mark.slow
@@ -199,6 +201,34 @@ def test_no_room_for_a_token_stops_with_all_that_was_reported(tmp_path: Path) ->
     assert state(written(resumed, 90 - own)) == state(written(in_memory(), 90))
 
 
+def test_without_room_it_is_not_tried_again_at_each_chunk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = durable(tmp_path / "s", save_every=None)
+    monkeypatch.setattr(durable_module, "LEAST", 1)
+    made._pace._ended -= 1000  # time for a version
+    with largest_file((made.dir / "journal.jsonl").stat().st_size + 20_000):
+        assert warnings(list(made.write(100))) == ["not_saved"]
+
+
+def test_no_room_for_a_lock_or_a_copy_is_one_line(whole: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "s")
+    with largest_file(0), pytest.raises(OutputError, match=r"cannot write in .*: File too large; free some"):
+        Lock(folder / "lock")
+
+    def no_link(*_: Any) -> None:  # as between two disks
+        raise OSError(errno.EXDEV, "")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "link", no_link)
+        with (
+            largest_file(20_000),
+            pytest.raises(OutputError, match=r"cannot write .*: File too large; choose"),
+        ):
+            shelf.copy(folder, tmp_path / "t", header.read(folder))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s"]
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of one megabyte, where the machine lets us make one."""
@@ -263,7 +293,7 @@ def read_only(folder: Path) -> Iterator[None]:
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_folder(whole: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(whole, tmp_path / "s")
-    with read_only(folder), pytest.raises(OutputError, match="make it writable, or fork"):
+    with read_only(folder), pytest.raises(OutputError, match="make it writable, or copy"):
         templora.resume(folder, BASE)
 
 
@@ -271,7 +301,7 @@ def test_a_folder_that_refuses_to_be_written(whole: Path, tmp_path: Path) -> Non
     folder = shutil.copytree(whole, tmp_path / "s")
     (folder / "lock").unlink()
     (folder / "lock").mkdir()  # what is opened for writing cannot be: true for root as well
-    with pytest.raises(OutputError, match=r"cannot write in .*; make it writable, or fork"):
+    with pytest.raises(OutputError, match=r"cannot write in .*; free some space or make it writable"):
         templora.resume(folder, BASE)
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="choose another folder"):

@@ -1,6 +1,7 @@
 """Names of the files that `write --prompts` makes: each can be one, or is refused in a line."""
 
 import json
+import lzma
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,16 @@ def test_a_name_that_can_be_no_files_is_refused(name: object, reason: str, tmp_p
 def test_a_name_that_is_null_is_none(tmp_path: Path) -> None:
     names = [None, "x" * 251, 7, "夜"]
     assert [p.name for p in prompts_of(given(tmp_path, *names))] == ["1", "x" * 251, "7", "夜"]
+
+
+def test_prompts_may_be_compressed_and_are_json_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "openings.jsonl.xz"
+    path.write_bytes(lzma.compress(given(tmp_path, "dark").read_bytes()))
+    assert [p.name for p in prompts_of(path)] == ["dark"]
+    deep = tmp_path / "deep.jsonl"
+    deep.write_text("[" * 100_000, "utf-8")
+    with pytest.raises(InvalidText, match=r"line 1 of .* is not JSON"):
+        prompts_of(deep)
 
 
 def test_names_that_are_too_long_for_the_disk_are_one_line(tmp_path: Path) -> None:

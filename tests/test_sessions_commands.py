@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -296,6 +297,51 @@ def test_where_there_is_no_session_commands_say_so(here: Path) -> None:
     assert "no folder nowhere" in refused("sessions ls nowhere")
     assert "where you are" in refused("write --session .", "It was dark.")
     assert "the prompt is empty" in refused("write --session new")
+
+
+def test_what_is_shown_is_as_it_is_whatever_it_holds(here: Path, tiny: str) -> None:
+    run("write --tokens 1 --model", tiny, *SIZES, "--session", "[draft] x", "It was [/i] dark :smile: ")
+    run("sessions note", "[draft] x", "[the end]")
+    shown = run("sessions show", "[draft] x").stdout
+    assert all(words in shown for words in ("[draft] x:", "“[the end]”", "[/i] dark :smile: "))
+    run("sessions fork", "[draft] x", "caf\udce9")
+    run("sessions fork", "caf\udce9", "t")
+    listed = run("sessions ls").stdout
+    assert " [draft] x " in listed and r" caf\udce9 " in listed
+    assert "is no character" in refused("sessions note t", "caf\udce9")
+    assert "has no version or note" in refused("sessions rewind t", "1" * 5000)
+
+
+def test_a_session_whose_header_is_gone_is_read_from_its_journal(here: Path, tiny: str) -> None:
+    text = begin(tiny)
+    for spoil in (lambda path: path.write_text("{"), Path.unlink):
+        spoil(Path("s/session.json"))
+        assert text_of("s") == text
+        assert "102 tokens" in run("sessions show s").stdout
+        assert re.search(r"^ s +102 ", run("sessions ls").stdout, re.MULTILINE)
+        said = run("write --session s --window 40 --tokens 1").stderr
+        assert "session.json is damaged or missing; it was restored" in said
+        run("sessions undo s")
+        run("sessions redo s")
+        run("sessions rewind s 102")
+
+
+def test_a_copy_tells_what_was_mended_and_needs_no_versions(here: Path, tiny: str) -> None:
+    text = begin(tiny)
+    with Path("s/journal.jsonl").open("ab") as file:
+        file.write(b'{"op":"own"')
+    shutil.rmtree("s/versions")
+    assert "11 bytes were dropped" in run("sessions fork s t").stderr
+    assert text_of("t") == text
+
+
+def test_nothing_is_begun_by_a_command_that_cannot_work(here: Path, tiny: str) -> None:
+    Path("there").write_text("mine", "utf-8")
+    for wrong in (["--out", "there"], ["--stop", ""], ["--top-p", "2"]):
+        refused(f"write --session s --model {tiny}", *SIZES, *wrong, PROMPT)
+        assert not Path("s").exists()
+    assert "/ is not empty" in refused(f"write --session / --model {tiny}", *SIZES, PROMPT)
+    run(f"write --session s --out s/novel.txt --tokens 1 --model {tiny}", *SIZES, PROMPT)
 
 
 def test_what_the_disk_refuses_is_said_in_one_line(here: Path, tiny: str) -> None:

@@ -1,5 +1,7 @@
 """The command line: one app, a command a module. Nothing here imports torch before it must."""
 
+import os
+import sys
 from typing import Annotated
 
 import typer
@@ -34,4 +36,16 @@ def options(
 
 def main() -> None:
     """The `templora` command."""
+    _open_streams()
     app(prog_name="templora")
+
+
+def _open_streams() -> None:
+    """Give the program those of its three streams that it was started without.
+
+    Else the next file that is opened, perhaps a text, is where others print to.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free is that one
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))

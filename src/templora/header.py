@@ -71,7 +71,7 @@ def write(folder: Path, header: Header) -> None:
     """Store it; an old one stays whole until the new one is."""
     new = folder / f".{NAME}.part"
     text = json.dumps({**header, "checksum": _checksum(header)}, indent=1, ensure_ascii=False)
-    new.write_text(text + "\n", "utf-8")
+    new.write_text(text + "\n", "utf-8", "surrogatepass")  # a folder may have any bytes for a name
     sync(new)
     os.replace(new, folder / NAME)
     sync(folder)
@@ -85,7 +85,7 @@ def read(folder: Path) -> Header:
     """
     path = folder / NAME
     try:
-        found: Any = json.loads(path.read_text("utf-8"))
+        found: Any = json.loads(path.read_text("utf-8", "surrogatepass"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotASession(f"{folder} holds no session; templora sessions ls shows where some are") from error
     except OSError as error:

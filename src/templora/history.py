@@ -151,6 +151,14 @@ class History:
             for place, (stop, digest) in places
         )
 
+    def after_given(self, text: str) -> str:
+        """What follows that text, where it begins at a place at which something was given; else nothing."""
+        kinds, held = self.kinds, self.text.getvalue()
+        begun = (n for n in range(1, len(kinds)) if kinds[n] == GIVEN != kinds[n - 1])
+        starts = {0, *map(self.end, begun), *(self.end(stop) for stop, _ in self._texts)}
+        found = next((start for start in sorted(starts, reverse=True) if held.startswith(text, start)), None)
+        return "" if found is None else held[found + len(text) :]
+
     @property
     def seed(self) -> int:
         """The seed that sampling draws from now."""

@@ -27,19 +27,20 @@ class Lock:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._file = -1
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise OutputError(
-                f"cannot write in {path.parent}: {error.strerror}; make it writable, or fork the session to "
-                "another folder"
-            ) from error
-        try:
             self._take()
-        except BaseException:
-            os.close(self._file)
-            self._file = -1
-            raise
+        except BaseException as error:
+            if self._file >= 0:
+                os.close(self._file)
+                self._file = -1
+            if not isinstance(error, OSError):
+                raise
+            raise OutputError(
+                f"cannot write in {path.parent}: {error.strerror}; free some space or make it writable, or "
+                "copy the folder to another place"
+            ) from error
 
     def release(self) -> None:
         """Let others in."""

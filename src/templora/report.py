@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Protocol, Self
 
 import psutil
@@ -207,14 +206,17 @@ class Quiet(Plain):
 
 
 class TextFile:
-    """The text in a file, each token flushed as it comes. append: continue what is there."""
+    """The text in a file, each token handed over as it comes. append: continue what is there.
+
+    A new one that got nothing is taken away again, and none ends inside a character.
+    """
 
     def __init__(self, path: Path, *, append: bool = False) -> None:
-        self.path = path
+        self.path, self._new = path, not append
         if path.suffix == ".xz":
             raise OutputError(f"{path} would hold plain text, which is not .xz; choose another --out")
         try:
-            self._file = path.open("a" if append else "x", encoding="utf-8", newline="")
+            self._file = path.open("ab" if append else "xb", buffering=0)
         except FileExistsError as error:
             raise OutputError(
                 f"{path} exists and is never overwritten; choose another --out, "
@@ -226,31 +228,32 @@ class TextFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
-            self._file.flush()
             os.fsync(self._file.fileno())
+            if self._new and not self._size:
+                self.path.unlink()
         except OSError as failure:
             if error is None:
                 raise self._full(failure) from failure
         finally:
-            _close_quietly(self._file)
+            with suppress(OSError):
+                self._file.close()
 
     def echo(self, text: str) -> None:
-        """Append and flush.
+        """Append, for the operating system to keep.
 
         Raises:
             OutputError: the disk is full or gone; what was written before is safe.
         """
+        data, done = text.encode(), 0
         try:
-            self._file.write(text)
-            self._file.flush()
+            while done < len(data):
+                done += self._file.write(data[done:])
         except OSError as error:
+            if half := done - len(data[:done].decode(errors="ignore").encode()):
+                with suppress(OSError):
+                    self._file.truncate(self._size - half)
             raise self._full(error) from error
 
     def take(self, event: Event) -> None:
@@ -258,11 +261,13 @@ class TextFile:
         if isinstance(event, Token):
             self.echo(event.text)
 
+    @property
+    def _size(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
+
     def _full(self, error: OSError) -> OutputError:
-        return OutputError(
-            f"cannot write to {self.path}: {error.strerror}; free some space, then continue the text so "
-            f"far with --read {self.path}"
-        )
+        left = f", then continue the text so far with --read {self.path}" if self._size else ""
+        return OutputError(f"cannot write to {self.path}: {error.strerror}; free some space{left}")
 
 
 def screen_or_plain(status: Status) -> Screen | Plain:
@@ -282,12 +287,6 @@ def send(events: Iterable[Event], sinks: Iterable[Sink]) -> Iterator[Event]:
 def _warn(event: Event) -> None:
     if isinstance(event, Warned):
         print(f"warning: {event.message}", file=sys.stderr)
-
-
-def _close_quietly(file: IO[str]) -> None:
-    # Closing flushes once more; the failure has been reported already.
-    with suppress(OSError):
-        file.close()
 
 
 def _perplexities(base: Tally, adapted: Tally) -> str:

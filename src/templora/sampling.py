@@ -26,6 +26,8 @@ from templora.errors import InvalidRecipe
 from templora.filtering import filtered
 from templora.recipe import refuse_unknown
 
+LEAST = 1e-12  # of what logits are divided by: both such together leave them finite
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -46,13 +48,16 @@ class Sampling:
 
     def __post_init__(self) -> None:
         checks = {
-            "temperature": (0 <= self.temperature < inf, "0 or more"),
+            "temperature": (
+                self.temperature == 0 or LEAST <= self.temperature <= 1 / LEAST,
+                f"0, or between {LEAST:g} and {1 / LEAST:g}",
+            ),
             "top_k": (self.top_k is None or self.top_k >= 0, "0 or more; 0 switches it off"),
             "top_p": (self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (self.min_p is None or 0 <= self.min_p <= 1, "between 0 and 1"),
             "repetition_penalty": (
-                self.repetition_penalty is None or 0 < self.repetition_penalty < inf,
-                "above 0; 1 switches it off",
+                self.repetition_penalty is None or LEAST <= self.repetition_penalty <= 1 / LEAST,
+                f"between {LEAST:g} and {1 / LEAST:g}; 1 switches it off",
             ),
             "dry_multiplier": (
                 self.dry_multiplier is None or 0 <= self.dry_multiplier < inf,

@@ -19,13 +19,37 @@ JOURNAL, VERSIONS, LOCK = "journal.jsonl", "versions", "lock"
 def find(folder: Path) -> list[Path]:
     """Sessions in a folder, and the folder itself if it is one; not deeper."""
     candidates = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
-    return [path for path in candidates if os.access(path, os.X_OK) and (path / header.NAME).is_file()]
+    return [path for path in candidates if os.access(path, os.X_OK) and is_session(path)]
+
+
+def is_session(folder: Path) -> bool:
+    """Whether there is one, in whatever state."""
+    return (folder / header.NAME).exists() or (folder / JOURNAL).exists()
+
+
+def header_of(folder: Path) -> tuple[header.Header, str]:
+    """A session's header, from the journal where its own file is damaged, and then what is wrong with that.
+
+    Raises:
+        NotASession: there is none, or one of a newer templora. SessionDamaged: both are damaged.
+    """
+    problem = ""
+    try:
+        found = header.read(folder)
+    except (SessionDamaged, NotASession):
+        if not (folder / JOURNAL).exists():
+            raise
+        lines = journal.good(folder / JOURNAL).lines
+        if not lines or lines[0]["op"] != "begin":
+            raise
+        found, problem = lines[0]["header"], f"{folder / header.NAME} is damaged or missing"
+    header.check_format(found, folder)
+    return found, problem
 
 
 def look(folder: Path) -> tuple[header.Header, History]:
     """A session's header and history, without opening it: nothing is locked, mended or written."""
-    found = header.read(folder)
-    header.check_format(found, folder)
+    found, _ = header_of(folder)
     if found["format"] != header.FORMAT:
         raise NotASession(
             f"{folder} is of an older format; open it once with: templora write --session {folder}"
@@ -38,7 +62,7 @@ def look(folder: Path) -> tuple[header.Header, History]:
 
 def summary(folder: Path) -> tuple[header.Header, int, int, Tally]:
     """Of a session or translation: its header, tokens, chunks or passages, and what the adapter scored."""
-    head, adapted = header.read(folder), Tally()
+    (head, _), adapted = header_of(folder), Tally()
     if "translation" not in head:
         head, history = look(folder)
         for chunk in history.learned:
@@ -75,7 +99,8 @@ def copy(source: Path, target: Path, head: header.Header) -> None:
     with appearing(target) as part:
         # The journal grows, so it must be a file of its own; versions never change.
         shutil.copyfile(source / JOURNAL, part / JOURNAL)
-        shutil.copytree(source / VERSIONS, part / VERSIONS, copy_function=_link, ignore=_partial)
+        if (source / VERSIONS).exists():  # they only spare time
+            shutil.copytree(source / VERSIONS, part / VERSIONS, copy_function=_link, ignore=_partial)
         header.write(part, {**head, "forked_from": str(source)})
 
 
@@ -86,7 +111,7 @@ def appearing(folder: Path) -> Generator[Path]:
     Raises:
         NotASession: there is something at `folder`. OutputError: it cannot be written.
     """
-    part = folder.absolute().with_name(f".{folder.absolute().name}.part")
+    part = folder.absolute().parent / f".{folder.absolute().name}.part"  # "/" has no name
     try:
         if folder.exists() and (any(folder.iterdir()) or folder.samefile(Path.cwd())):
             raise NotASession(occupied(folder))
@@ -139,7 +164,10 @@ def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
     except OSError:  # another file system, or one that cannot
-        shutil.copyfile(source, target)
+        try:
+            shutil.copyfile(source, target)
+        except OSError as error:  # copytree would gather these, and forget why
+            raise OutputError(f"cannot write {target}: {error.strerror}; choose another folder") from error
 
 
 def _partial(_: str, names: list[str]) -> list[str]:

@@ -32,7 +32,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()  # the program may go to another directory
-        if not (folder / header.NAME).exists() and not (folder / JOURNAL).exists():
+        if not shelf.is_session(folder):
             raise NotASession(f"{folder} holds no session; begin one with: templora write --session {folder}")
         self.lock = Lock(folder / LOCK)
         try:
@@ -85,17 +85,10 @@ class Store:
         self.versions.clean()
 
     def _read_header(self) -> header.Header:
-        try:
-            found = header.read(self.folder)
-        except (SessionDamaged, NotASession) as error:
-            lines = journal.good(self.folder / JOURNAL).lines
-            if not lines or lines[0]["op"] != "begin":
-                raise
-            found: header.Header = lines[0]["header"]
-            header.check_format(found, self.folder)
+        found, problem = shelf.header_of(self.folder)
+        if problem:
             header.write(self.folder, found)
-            self.warnings.append(f"{error}: it was restored from the journal")
-        header.check_format(found, self.folder)
+            self.warnings.append(f"{problem}; it was restored from the journal")
         if "translation" in found:
             raise NotASession(f"{self.folder} holds a translation; go on with templora translate")
         return migrations.upgrade(self.folder, found)

@@ -163,9 +163,11 @@ class Pace:
     def saving(self) -> Generator[None]:
         """What runs inside is a save."""
         started = perf_counter()
-        yield
-        self._ended = perf_counter()
-        self._took = self._ended - started
+        try:
+            yield
+            self._took = perf_counter() - started
+        finally:  # one that failed is not tried again at once
+            self._ended = perf_counter()
 
 
 def kept(numbers: list[int], pinned: set[int]) -> list[int]:

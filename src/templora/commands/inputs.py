@@ -56,6 +56,8 @@ def sampling_for(session: "Session", wishes: dict[str, Any]) -> "Sampling":
 
 def text_of(path: Path) -> str:
     """A text file, UTF-8, plain or compressed (.xz)."""
+    if path.suffix.lower() in (".epub", ".docx") and path.exists():
+        raise InvalidText(f"{path} is a book, not plain text; `templora read` learns it into a session")
     try:
         data = path.read_bytes()
         return decoded(lzma.decompress(data) if path.suffix == ".xz" else data, path)

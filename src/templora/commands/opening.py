@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from templora import header
+from templora import header, shelf
 from templora.commands.inputs import load_base, load_recipe
 from templora.commands.running import say
 from templora.errors import InvalidRecipe
@@ -62,7 +62,7 @@ def repeated(context: typer.Context, names: Collection[str]) -> str:
 
 def exists(folder: Path) -> bool:
     """Whether there is a session, in whatever state."""
-    return (folder / header.NAME).exists() or (folder / "journal.jsonl").exists()
+    return shelf.is_session(folder)
 
 
 def begun(wanted: Wanted, folder: Path | None = None) -> "Session":
@@ -98,11 +98,21 @@ def unread(session: "Session", text: str) -> str:
     return "" if held.endswith(text) or has_read(session, text) else text
 
 
+def behind(session: "Session", text: str) -> str:
+    """What a session on disk holds beyond that text, of the file where it is saved.
+
+    A kill, a power failure or a full disk may have kept the end from the file.
+    """
+    from templora.durable import DurableSession
+
+    return session.store.history.after_given(text) if isinstance(session, DurableSession) else ""
+
+
 def _other(folder: Path, wanted: Wanted) -> list[str]:
     """Options that ask for something else than a session was begun with."""
     if not (asked := [name for name in SETTLED if name in wanted.given]):
         return []
-    head = header.read(folder)
+    head, _ = shelf.header_of(folder)
     now, recipe = header.recipe_of(head), load_recipe(wanted.recipe, wanted.pairs, wanted.sizes)
     keys = set(recipe.fixed)
     if {"recipe", "set_"} & wanted.given:

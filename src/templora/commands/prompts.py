@@ -44,7 +44,7 @@ def prompts_of(path: Path) -> list[Prompt]:
     found: list[Prompt] = []
     for count, (number, line) in enumerate(lines, 1):
         name, text = f"{count:0{width}}", line
-        if path.suffix == ".jsonl":
+        if path.name.removesuffix(".xz").endswith(".jsonl"):
             name, text = _from_json(line, name, f"line {number} of {path}")
         found.append(Prompt(name, text))
     names = [prompt.name for prompt in found]
@@ -72,7 +72,7 @@ def write_all(
     from templora.tasks.batch import write_batch
 
     sampling = Sampling.of(base.model.generation_config, **wishes.pop("draw"))
-    texts = [prompt.text for prompt in prompts]
+    texts, size = [prompt.text for prompt in prompts], min(size, len(prompts))
     events = write_batch(base, texts, recipe=recipe, size=size, seed=wanted.seed, sampling=sampling, **wishes)
     with ExitStack() as stack:
         files = _Files(folder, prompts)
@@ -160,7 +160,7 @@ def _summary(end: "End") -> str:
 def _from_json(line: str, name: str, place: str) -> tuple[str, str]:
     try:
         entry: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidText(f"{place} is not JSON ({error}); write one object a line") from error
     text = entry.get("prompt") if isinstance(entry, dict) else None
     if not isinstance(text, str) or not text.strip():

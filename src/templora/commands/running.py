@@ -47,7 +47,8 @@ def one_line_errors() -> Generator[None]:
         say(f"error: {error.encoding} has no {error.object[error.start]!a}; set PYTHONIOENCODING=utf-8")
         raise typer.Exit(2) from error
     except OSError as error:  # where nobody foresaw it: a name that is too long, a folder with no entry
-        say(f"error: cannot use {error.filename or 'a file'}: {error.strerror or error}; choose another")
+        what = error.filename or "what the output goes to"
+        say(f"error: cannot use {what}: {error.strerror or error}; choose another")
         raise typer.Exit(2) from error
 
 

@@ -268,7 +268,7 @@ def score_together(job: Job, files: list[Path], results: Results, interrupted: l
             open_.append((str(file), Scores.of(job.base, ids), perf_counter()))
             yield ids
 
-    batch = Batch(job.base, job.recipe, size=size)
+    batch = Batch(job.base, job.recipe, size=min(size, len(files)))
     for text, event in scoring(batch, documents(), seed=job.seed, score_base=job.score_base):
         if interrupted:
             break

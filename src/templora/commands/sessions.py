@@ -11,9 +11,11 @@ import typer
 
 from templora.commands.opening import exists
 from templora.commands.running import one_line_errors, say
-from templora.errors import InvalidRecipe, NotASession, OutputError, TemploraError
+from templora.errors import InvalidRecipe, InvalidText, NotASession, OutputError, TemploraError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from templora.history import History
     from templora.store import Store
     from templora.versions import Version
@@ -25,7 +27,6 @@ Folder = Annotated[Path, typer.Argument(help="The session's folder.")]
 @app.command()
 def ls(folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path()) -> None:
     """Sessions in a folder."""
-    from rich.console import Console
     from rich.table import Table
 
     from templora import shelf
@@ -38,20 +39,19 @@ def ls(folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path()) 
             try:
                 head, tokens, chunks, adapted = shelf.summary(path)
             except TemploraError as error:
-                table.add_row(str(path), *[""] * 4, f"cannot be opened: {error}")
+                table.add_row(_shown(path), *[""] * 4, _shown(f"cannot be opened: {error}"))
                 continue
             perplexity = f"{adapted.perplexity:.2f}" if adapted.perplexity else ""
             counts = (f"{tokens:,}", f"{chunks:,}")
-            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 2**20
+            size = sum(map(_size, path.rglob("*"))) / 2**20
             names = (head["base"]["name"], head["recipe"]["name"])
-            table.add_row(str(path), *counts, perplexity, *names, f"{size:,.0f}")
-        Console(highlight=False).print(table)
+            table.add_row(_shown(path), *counts, perplexity, *map(_shown, names), f"{size:,.0f}")
+        _screen().print(table)
 
 
 @app.command()
 def show(folder: Folder) -> None:
     """The versions of a session as a tree, with perplexities."""
-    from rich.console import Console
     from rich.tree import Tree
 
     from templora import shelf
@@ -61,7 +61,7 @@ def show(folder: Folder) -> None:
         head, history = shelf.look(folder)
         base = head["base"]["name"] or "a model in memory"
         title = f"{folder}: {len(history.ids):,} tokens on {base}, recipe {head['recipe']['name']}"
-        root = Tree(title, highlight=False)
+        root = Tree(_shown(title), highlight=False)
         names = shelf.names(folder)
         branches: dict[int, Tree] = {}
         versions = Versions(folder / shelf.VERSIONS).all()
@@ -71,7 +71,27 @@ def show(folder: Folder) -> None:
             branches[version.number] = parent.add(_line(version, names))
         end: Tree = branches[here[-1]] if here else root
         end.add(f"now: {len(history.ids):,} tokens, {_last_words(history)!r}")
-        Console(highlight=False).print(root)
+        _screen().print(root)
+
+
+def _size(path: Path) -> int:
+    """Of a file; another process that writes there may have taken it away by now."""
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except OSError:
+        return 0
+
+
+def _screen() -> "Console":
+    """Words as they are: a text may hold [brackets] and :colons:."""
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+def _shown(name: str | Path) -> str:
+    """A name that may be no UTF-8, on a screen that is."""
+    return str(name).encode(errors="backslashreplace").decode()
 
 
 def _line(version: "Version", names: dict[int, list[str]]) -> str:
@@ -82,7 +102,7 @@ def _line(version: "Version", names: dict[int, list[str]]) -> str:
         adapted = f"perplexity {perplexity(version.adapted_nll, version.scored):.2f}"
         bare = version.base_scored and f" (base {perplexity(version.base_nll, version.base_scored):.2f})"
         parts.append(adapted + (bare or ""))
-    parts += [f"“{name}”" for name in names.get(version.number, [])]
+    parts += [f"“{_shown(name)}”" for name in names.get(version.number, [])]
     return ", ".join(parts)
 
 
@@ -131,7 +151,12 @@ def rewind(
 ) -> None:
     """Go to an earlier moment, or to one on another branch."""
     with _opened(folder) as store:
-        store.rewind(int(to) if to.isdecimal() else to)
+        store.rewind(_moment(to))
+
+
+def _moment(to: str) -> int | str:
+    """A number of tokens, or a name; Python makes no number of thousands of digits."""
+    return int(to) if to.isdecimal() and len(to) < 20 else to
 
 
 @app.command()
@@ -140,6 +165,7 @@ def note(folder: Folder, name: Annotated[str, typer.Argument(help="For `rewind` 
     with _opened(folder) as store:
         if name.removeprefix("v").isdecimal():
             raise InvalidRecipe(f"{name!r} means a number of tokens or a version; choose another name")
+        InvalidText.check(name, "the name")
         here = [own for own in store.usable() if own.tokens == len(store.history.ids)]
         store.note(name, here[-1].number if here else None)
 
@@ -156,13 +182,15 @@ def fork(
     with one_line_errors():
         store = Store(folder)
         try:
+            for warning in store.warnings:
+                say(f"warning: {warning}")
             store.fork(new)
         finally:
             store.close()
     with _opened(new) as copy:
         if to is not None:
             try:
-                copy.rewind(int(to) if to.isdecimal() else to)
+                copy.rewind(_moment(to))
             except TemploraError:
                 shutil.rmtree(new)  # it was to be that moment's copy
                 raise
@@ -220,7 +248,7 @@ def rm(
         if not yes and not typer.confirm(f"Delete {names}, text and all?", err=True):
             say("nothing was deleted")
             raise typer.Exit(1)
-        for folder in folders:
+        for folder in dict.fromkeys(folders):
             Lock(folder / "lock").release()
             try:
                 shutil.rmtree(folder)

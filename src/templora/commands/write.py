@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -15,6 +15,7 @@ from templora.commands.inputs import decoded, sampling_for, text_of
 from templora.commands.opening import (
     Wanted,
     begun,
+    behind,
     closing_session,
     exists,
     given,
@@ -128,19 +129,25 @@ def write(
         path = out
         if path is None and session is None:
             path = Path(f"templora-{datetime.now():%Y%m%d-%H%M%S}.txt")
-        made = begun(wanted) if session is None else opened(session, wanted)
-        wishes = {
-            "stop": stop or (),
-            "stop_at_eos": stop_at_eos,
-            "score_base": base,
-            # Made here, so that a value that cannot work is refused before anything is read or written.
-            "sampling": sampling_for(made, sampling),
-        }
         append = path is not None and any(path.exists() and path.samefile(r) for r in read or [])
+        within = path is not None and session in path.parents  # a folder that may not be there yet
+        _refuse_early(None if within else path, append, stop or (), sampling)
+        made = begun(wanted) if session is None else opened(session, wanted)
         with closing_session(made):
+            wishes = {
+                "stop": stop or (),
+                "stop_at_eos": stop_at_eos,
+                "score_base": base,
+                "sampling": sampling_for(made, sampling),
+            }
             again = repeated(context_, HOW if session else HOW | OF_SESSION)
             origin = "" if prompt_file is None else f" --prompt-file {shlex.quote(str(prompt_file))}"
-            job = _Job(made, session, opening, origin, texts, tokens, path, append, wishes, again)
+            lacking = ""
+            for own in texts if append else ():
+                if path is not None and path.samefile(own) and (lacking := behind(made, texts[own])):
+                    say(f"{path} lacks the last {len(lacking):,} characters of {session}; they are added")
+                    texts[own] += lacking
+            job = _Job(made, session, opening, origin, texts, tokens, path, append, wishes, again, lacking)
             _write(job, json=json, quiet=quiet)
 
 
@@ -149,8 +156,8 @@ class _Job:
     """What to write: after which texts, how much, where to, with which wishes for `Session.write`.
 
     folder: of a session on disk. opening: the prompt. origin: the option that it came from. given: what to
-    learn first, by file. path: a file for the text. again: options to repeat when going on. came_to: what was
-    given so far.
+    learn first, by file. path: a file for the text. again: options to repeat when going on. lacking: what of
+    the session that file has not got. came_to: what was given so far.
     """
 
     session: "Session"
@@ -163,6 +170,7 @@ class _Job:
     append: bool
     wishes: dict[str, Any]
     again: str
+    lacking: str = ""
     came_to: list[str] = field(default_factory=list[str])
 
     def events(self) -> "Iterator[Event]":
@@ -181,6 +189,12 @@ class _Job:
         return has_read(self.session, self.opening, after=len(self.given))
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nothing came after what was learned first, so that there is no new file."""
+        learned = "".join(self.given.values())
+        return not self.append and not self.opening and learned.startswith(self.session.text)
+
+    @property
     def going_on(self) -> str:
         """The command that goes on, with what was not given yet."""
         words = "templora write"
@@ -192,10 +206,26 @@ class _Job:
             words += f" --session {shlex.quote(str(self.folder))}"
         else:
             # The prompt is in the file; what was learned before it must be learned again.
-            files = [*self.given, *([] if self.append else [self.path])]
+            files = [*self.given, *([] if self.append or self.is_empty else [self.path])]
             words += "".join(f" --read {shlex.quote(str(path))}" for path in files)
             words += f" --out {shlex.quote(str(self.path))}"
         return f"{words} --tokens {self.tokens}{self.again}"
+
+
+def _refuse_early(path: Path | None, append: bool, stop: Sequence[str], sampling: dict[str, Any]) -> None:
+    """See that the text can be saved and drawn as wished, before a base is loaded or a session begun.
+
+    Raises:
+        OutputError, InvalidText, InvalidRecipe: it cannot.
+    """
+    from templora.pen import Wishes
+    from templora.report import TextFile
+    from templora.sampling import Sampling
+
+    if path is not None:
+        with TextFile(path, append=append):  # nothing is left of the try
+            pass
+    Wishes.of(0, Sampling.of(None, **sampling), None, stop, False, False)
 
 
 def _write(job: _Job, *, json: bool, quiet: bool) -> None:
@@ -209,8 +239,8 @@ def _write(job: _Job, *, json: bool, quiet: bool) -> None:
         sinks: list[report.Sink] = [stack.enter_context(sink)]
         if job.path is not None:
             file = stack.enter_context(report.TextFile(job.path, append=job.append))
-            if not job.append:  # a file that goes on holds it already
-                file.echo(job.session.text)
+            # A file that goes on holds the text already.
+            file.echo(job.lacking if job.append else job.session.text)
             sinks.insert(0, file)
         interrupted = stack.enter_context(interruptible())
         if not job.has_prompt:
@@ -233,8 +263,11 @@ def _closing_lines(job: _Job, end: "End | None") -> None:
             f"perplexity of {end.scored_tokens:,} tokens: base {end.base_perplexity:.2f}, "
             f"adapter {end.adapted_perplexity:.2f} ({change:+.1f} %)"
         )
-    state = "saved to" if end else "interrupted; all that was written is in"
-    say(f"{state} {shlex.quote(str(job.folder or job.path))}")
+    if job.folder is None and job.is_empty:
+        say("nothing was written" if end else "interrupted before anything was written")
+    else:
+        state = "saved to" if end else "interrupted; all that was written is in"
+        say(f"{state} {shlex.quote(str(job.folder or job.path))}")
     say(f"go on with: {job.going_on}")
 
 

@@ -52,7 +52,7 @@ def write(path: Path, title: str, chapters: list[Chapter], language: str = "en")
         OSError: it cannot be written.
     """
     epub = needed("ebooklib.epub", "writing EPUB")
-    title = _printable(title)
+    title, language = _printable(title), _printable(language)
     book = epub.EpubBook()
     book.set_identifier(re.sub(r"\W+", "-", title) or "text")
     book.set_title(title)
