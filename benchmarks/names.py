@@ -1,8 +1,8 @@
 """Does a name from the first chapter come back in the twentieth? What an adapter is worth on names.
 
 A name is a capitalised word in the middle of a sentence; names are told apart by how long ago each was seen
-last. Both sides see the same window; where the last time is further back than that, the base cannot know the
-name from this text, and the adapter only by having learned it.
+last. Both sides see the same window and the chunk so far; where the last time is further back than that, the
+base cannot know the name from this text, and the adapter only by having learned it.
 """
 
 import math

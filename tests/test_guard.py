@@ -15,6 +15,7 @@ from templora.events import ChunkLearned, ChunkScored, ChunkSkipped, RolledBack,
 from templora.guard import (
     CLEARLY,
     ENOUGH,
+    HISTORY,
     LARGEST_LOSS,
     LONGEST_NOISE,
     LOOP_SHRINK,
@@ -23,6 +24,8 @@ from templora.guard import (
     Verdict,
     distinct_4,
 )
+from templora.injection import PEFT_PREFIX, named
+from templora.start import A, B
 from templora.tasks.score import Scores, scoring
 from templora.testing import ByteTokenizer, tiny_llama
 
@@ -63,8 +66,21 @@ def test_noise_is_left_out_and_what_goes_on_for_long_is_the_text() -> None:
     assert chunks == LONGEST_NOISE // 64
 
 
-def test_a_score_that_is_not_finite_is_noise_from_the_first_chunk_on() -> None:
-    assert Guard().judge(VARIED, 64, math.nan, None, 0) == Verdict("noise")
+def test_a_text_that_has_become_another_one_is_learned_from_then_on() -> None:
+    guard = Guard()
+    for _ in range(2 * HISTORY):
+        guard.judge(VARIED, 64, 4.0, None, 0)
+    for _ in range(LONGEST_NOISE // 64):
+        assert guard.judge(VARIED, 64, 8.0, None, 0) == Verdict("noise")
+    assert [guard.judge(VARIED, 64, 8.0, None, 0) for _ in range(HISTORY)] == [Verdict()] * HISTORY
+    assert guard.judge(VARIED, 64, 12.0, None, 0) == Verdict("noise")
+
+
+def test_a_score_that_is_not_finite_is_noise_from_the_first_chunk_on_and_for_ever() -> None:
+    guard = Guard()
+    for _ in range(LONGEST_NOISE // 64 + 9):
+        assert guard.judge(VARIED, 64, math.nan, None, 0) == Verdict("noise")
+    assert not guard.usual
 
 
 def page(number: int) -> list[int]:
@@ -224,6 +240,21 @@ def test_a_text_that_becomes_another_one_is_learned_anew(novelist: Base) -> None
     assert any(isinstance(e, RolledBack) for e in events), "harmless, so this proves nothing"
 
 
+def test_a_start_that_harms_goes_although_nothing_is_ever_learned() -> None:
+    base = templora.load(model=tiny_llama(), tokenizer=ByteTokenizer())
+    wishes = {"seed": 1, "window": 32, "context": 32, "chunk": 32}
+    bare = base.session(**wishes)
+    for name, site in named(base.model, bare.adapter.sites):
+        layer = name.removeprefix(PEFT_PREFIX)
+        base.start |= {layer + A: site.a.detach(), layer + B: torch.full_like(site.b, 0.02)}
+    events = list(scoring(base.session(**wishes), [7] * 640))
+    assert sum(isinstance(event, ChunkSkipped) for event in events) > 10, "repetition is not learned"
+    assert [type(event) for event in events].count(RolledBack) == 2
+    scored = [event for event in events if isinstance(event, ChunkScored)]
+    assert scored[0].adapted_nll > (scored[0].base_nll or 0.0) + 4, "harmless, so this proves nothing"
+    assert scored[-1].adapted_nll == scored[-1].base_nll
+
+
 def test_nan_gradients_drop_the_update_and_the_text_goes_on() -> None:
     base = templora.load(model=tiny_llama(), tokenizer=ByteTokenizer())
     session = base.session(seed=1, window=32, chunk=16, context=32)
@@ -238,6 +269,10 @@ def test_nan_gradients_drop_the_update_and_the_text_goes_on() -> None:
     handle = norm.register_forward_hook(spoil)
     events = list(scoring(session, ids))
     handle.remove()
+    scores = Scores()
+    for event in events:
+        scores.take(event)
+    assert scores.guarded["not_finite"] == 1
     assert [e.code for e in events if isinstance(e, Warned)] == ["not_finite"]
     assert bool(torch.isfinite(session.adapter.flat).all())
     learned = [e for e in events if isinstance(e, ChunkLearned)]

@@ -42,7 +42,14 @@ def counted() -> list[str]:
 
 @pytest.mark.slow
 def test_tables_results_and_a_plot_are_written(folder: Path, here: Path) -> None:
-    words = ["--tokens", "400", "--recipe", "paper", "--recipe", "default", "--chunk", "32"]
+    words = [
+        "--tokens",
+        "400",
+        "--recipe",
+        "paper",
+        "--recipe",
+        "default",
+    ]  # whose chunk this base cannot hold
     words += ["--cost-tokens", "200", "--cost-written", "40", "--cost-rounds", "2"]
     done = pg19("books", folder, *words)
     assert done.exit_code == 0, done.output
@@ -60,6 +67,11 @@ def test_tables_are_of_the_books_that_are_there(folder: Path, here: Path) -> Non
     Path("books/b.txt").rename("b.txt")
     assert pg19("books", folder, *words).exit_code == 0
     assert counted() == ["40", "40"]
+    Path("books/c.txt").write_bytes(b"\xff\xfe")
+    damaged = pg19("books", folder, *words)
+    assert damaged.exit_code == 2 and damaged.stderr.count("c.txt is not UTF-8") == 2
+    assert counted() == ["40", "40"]
+    Path("books/c.txt").unlink()
     Path("books").rename("others")
     assert pg19("others", folder, *words).exit_code == 0
     assert counted() == ["40", "40"]
@@ -96,6 +108,6 @@ def test_a_folder_of_which_no_book_could_be_scored_is_said(folder: Path, here: P
 def test_a_first_book_that_is_empty_does_not_cost_the_tables(folder: Path, here: Path) -> None:
     Path("books/0.txt").write_text("", "utf-8")
     done = pg19("books", folder, "--tokens", "40", "--cost-tokens", "40", "--cost-rounds", "1")
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == 2, "the tables are not of all books"
     assert counted() == ["80"]
     assert "s per 1,000 tokens" in Path("out/tables.md").read_text("utf-8")

@@ -167,6 +167,11 @@ def test_what_is_not_a_hyper_parameter_is_not_a_key(hidden: str) -> None:
         ("context_from", "nowhere"),
         ("guard", "perhaps"),
         ("targets", 3),
+        ("learning_rate", True),
+        ("epochs", True),
+        ("clip", False),
+        ("alpha", 1e308),
+        ("head", 1e308),
     ],
 )
 def test_a_value_that_cannot_work_is_refused_by_key_and_value(key: str, value: object) -> None:
@@ -186,6 +191,8 @@ def test_an_unknown_recipe_is_refused_with_the_known_ones() -> None:
         ("just words", "is not a recipe"),
         ("", "is not a recipe"),
         ("epochs: [", "is not valid YAML"),
+        ("epochs: 2024-13-45\n", "is not valid YAML"),
+        ("epochs: !!int many\n", "is not valid YAML"),
         ("extends: nothing\n", "extends 'nothing'"),
         ("extends: [paper]\n", "extends"),
         ("1: 2\n", "unknown recipe key '1'"),

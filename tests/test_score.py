@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import templora
 from templora.base import Base
 from templora.bench import cost, pg19, sweep, tables
 from templora.bench.checkpoint import Checkpoint
 from templora.cli import app
-from templora.errors import InvalidRecipe
+from templora.errors import InvalidRecipe, InvalidText
 from templora.events import ChunkLearned, ChunkScored, RolledBack, Token
 from templora.session import Session
 from templora.tasks.score import Scores, score, scoring
+from templora.testing import ByteTokenizer, tiny_llama
 
 TEXT = (Path(__file__).parent.parent / "LICENSE").read_text("utf-8").strip()[:700]
 SIZES = {"window": 32, "chunk": 16, "context": 32}
@@ -52,6 +54,23 @@ def test_perplexity_is_of_all_tokens_and_the_authors_statistic_stands_beside_it(
     weighted = sum(math.exp(c["adapted_nll"] / c["tokens"]) * c["tokens"] for c in scores.chunks) / tokens
     assert scores.mean_chunk_perplexity("adapted_nll") == pytest.approx(weighted)
     assert scores.mean_chunk_perplexity("adapted_nll") > scores.adapted.perplexity
+
+
+def test_the_first_token_of_a_text_without_a_start_token_is_neither_scored_nor_are_its_bytes_counted() -> (
+    None
+):
+    tokenizer = ByteTokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = None
+    base = templora.load(model=tiny_llama(), tokenizer=tokenizer)
+    scores = score(base, TEXT[:40], seed=1, **SIZES)
+    assert scores.adapted.tokens == scores.adapted.bytes == 39
+    assert score(base, "", seed=1, **SIZES).adapted.bytes == 0
+
+
+@pytest.mark.parametrize("piece", [{"skip": -3}, {"tokens": -5}])
+def test_a_piece_before_the_beginning_is_refused(base: Base, piece: dict[str, int]) -> None:
+    with pytest.raises(InvalidText, match="give numbers of 0 or more"):
+        score(base, TEXT, seed=1, **SIZES, **piece)
 
 
 def test_skip_and_tokens_take_a_piece_of_the_text(base: Base) -> None:
@@ -193,8 +212,10 @@ def test_bins_add_sums_and_divide_once() -> None:
     (_, short, _), (_, long, _) = tables.by_length(results, [(0, 200), (200, None)])
     assert (short.tokens, long.tokens) == (100, 300)
     assert "| 0–150K | 400 |" in tables.markdown(tables.by_position(results, [(0, 150_000)]), "position")
-    four = [{"tokens": 400, "chunks": [chunk(0, 100, 100), chunk(100, 1, 1), chunk(300, 100, 50)]}]
+    four = [{"tokens": 400, "chunks": [chunk(1, 100, 100), chunk(101, 1, 1), chunk(301, 100, 50)]}]
     assert pg19.quarters(four) == "First quarter +0.0 %, last quarter -39.3 %."
+    last = {"tokens": 401, "chunks": [chunk(1, 100, 100), chunk(401, 100, 50)]}  # of one token
+    assert pg19.quarters([last]) == "First quarter +0.0 %, last quarter -39.3 %."
     assert pg19.quarters(results) == "Too short for quarters."
 
 
@@ -303,6 +324,7 @@ def test_a_file_with_nothing_to_score_does_not_cost_the_others(folder: Path, tmp
     words = ["--model", folder, "--skip", "20", "--json", tmp_path / "out.json"]
     for batch in ("1", "2"):
         code, errors = run("score", tmp_path / "a.txt", tmp_path / "b.txt", *words, "--batch", batch)
+        assert errors.count("warning: this base has 128 positions: context 1024 → 64, window 1024 → 64") == 1
         assert code == 2 and "no token is left to score after --skip 20" in errors
         (entry,) = json.loads((tmp_path / "out.json").read_text("utf-8"))
         assert entry["document"].endswith("b.txt")

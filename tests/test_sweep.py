@@ -75,6 +75,7 @@ def test_the_disk_is_full_in_one_line(folder: Path, here: Path, monkeypatch: pyt
         (b"set: [1]\nruns: [{}]", "set is [1]; write a map"),
         (b"tokens: many\nruns: [{}]", "tokens is 'many'; write a number"),
         (b"tokens: 0\nruns: [{}]", "tokens is 0; write a number"),
+        (b"window: 256\nruns: [{}]", "unknown key of plan.yaml 'window'; known are recipe, tokens"),
         (b"runs: []", "has no runs"),
         (b"runs:\n  - {epochs: []}", "has no runs"),
         (b"runs: 3", "is not a sweep"),

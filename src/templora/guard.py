@@ -85,9 +85,11 @@ class Guard:
                 return Verdict("repetition", LOOP_SHRINK)
         if distinct_4(ids) < LEAST_DISTINCT:
             return Verdict("repetition")
-        if self._is_noise(adapted) and self.skipped < LONGEST_NOISE:
-            self.skipped += tokens
-            return Verdict("noise")
+        if self._is_noise(adapted):
+            if self.skipped < LONGEST_NOISE or not adapted < float("inf"):
+                self.skipped += tokens
+                return Verdict("noise")
+            self.usual.clear()  # the text has become another one, and says anew what is usual
         self.skipped = 0
         self.usual.append(adapted)
         if base is None:

@@ -20,6 +20,7 @@ SIZES = frozenset({"window", "chunk", "context"})
 # vLLM refuses LoRA ranks outside this list, and what we save is meant to be served there.
 Rank = Literal[8, 16, 32, 64, 128, 256]
 Keys = Literal["recompute", "reuse", "base"]
+LARGEST_SCALE = 1e6  # far beyond what learns; the product of two still is a number in fp32
 Tokens = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -41,7 +42,7 @@ class Recipe(BaseModel):
     context: Tokens = Field(description="L_T: tokens visible before a chunk while it is learned")
     epochs: Tokens = Field(description="optimiser steps on each chunk")
     rank: Rank = Field(description="LoRA rank")
-    alpha: Positive = Field(description="LoRA alpha; the update is scaled by alpha / rank")
+    alpha: Positive = Field(le=LARGEST_SCALE, description="LoRA alpha; the update is scaled by alpha / rank")
     dropout: Fraction = Field(description="LoRA dropout while learning")
     rslora: bool = Field(description="scale by alpha / sqrt(rank) instead")
     targets: str | tuple[str, ...] = Field(description='"all-linear" or module names')
@@ -54,7 +55,9 @@ class Recipe(BaseModel):
         description="random: A; learned: A, B and what Adam divides by, from the base's folder, if there",
     )
     head: NonNegative = Field(
-        0.0, description="the output layer learns as well, with this share of alpha; 0: it does not"
+        0.0,
+        le=LARGEST_SCALE,
+        description="the output layer learns as well, with this share of alpha; 0: it does not",
     )
     learning_rate: NonNegative = Field(description="AdamW's rate for A; 0 switches learning off")
     b_rate: Positive = Field(description="B's rate as a multiple of A's (LoRA+)")
@@ -181,7 +184,7 @@ def _from_file(path: Path) -> tuple[dict[str, Any], set[str]]:
 def _yaml(text: str, place: str) -> Any:
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the second of dates and numbers that there are not
         raise InvalidRecipe(f"{place} is not valid YAML: {' '.join(str(error).split())}") from error
     # YAML 1.1 reads 5e-5 (no dot) as a string, which no user means.
     return _number(value)
@@ -218,6 +221,9 @@ def _refuse_unknown(values: Mapping[str, Any]) -> None:
 
 def _validated(values: Mapping[str, Any]) -> Recipe:
     _refuse_unknown({k: v for k, v in values.items() if k != "fixed"})
+    for key, value in values.items():  # yes and on are YAML for true, which pydantic takes for 1
+        if isinstance(value, bool) and Recipe.model_fields[key].annotation is not bool:
+            raise InvalidRecipe(f"recipe key {key}: give a value, not the switch {value!r}")
     try:
         return Recipe.model_validate(dict(values))
     except ValidationError as error:

@@ -222,7 +222,8 @@ class Study:
 
         Where even that one is of no use, the text has become another one: back to the base.
         """
-        if base is None or self.adapter.version == 0:
+        # What a learned start costs at first is no harm yet, but where nothing is learned it would go on.
+        if base is None or (self.adapter.version == 0 and span.chunk == 0):
             return None
         if self.guard.must_go_back(adapted, base):
             good = self._restore_good(ids, span)

@@ -17,7 +17,7 @@ import torch
 from templora.base import load
 from templora.bench.result import peak_mb
 from templora.bench.tables import table
-from templora.recipe import Recipe
+from templora.recipe import Recipe, fitted
 from templora.tasks.score import Scores, scoring
 
 UNLIMITED = 4096  # tokens: the positions of a base that names none
@@ -59,7 +59,9 @@ def costs(
         tokens: of the text, scored. written: tokens that are written after it.
         say: is told how far it is.
     """
-    sizes = windows(load(model).positions or UNLIMITED, recipe.chunk)
+    positions = load(model).positions
+    _, recipe = fitted(recipe, positions)
+    sizes = windows(positions or UNLIMITED, recipe.chunk)
     cases = [(window, adapter) for window in sizes for adapter in (False, True)]
     found: dict[tuple[int, bool], list[Cost]] = {case: [] for case in cases}
     for number in range(rounds):

@@ -6,6 +6,7 @@ from typing import Any
 
 from templora.bench.tables import LENGTHS, PAPERS, STEPS, by_length, by_position, markdown
 from templora.metrics import Tally
+from templora.window import FIRST_TARGET
 
 
 def tables(results: Sequence[dict[str, Any]]) -> str:
@@ -34,7 +35,7 @@ def quarters(results: Sequence[dict[str, Any]]) -> str:
 def _change(entry: dict[str, Any], low: float, high: float) -> float | None:
     base, adapted = Tally(), Tally()
     for chunk in entry["chunks"]:
-        if low <= chunk["start"] / entry["tokens"] < high:
+        if low <= (chunk["start"] - FIRST_TARGET) / entry["tokens"] < high:
             base.add(chunk["base_nll"], chunk["tokens"])
             adapted.add(chunk["adapted_nll"], chunk["tokens"])
     if base.perplexity is None or adapted.perplexity is None:

@@ -15,7 +15,7 @@ import yaml
 from templora.base import Base
 from templora.bench.tables import table
 from templora.errors import InvalidRecipe, InvalidText
-from templora.recipe import fitted, load
+from templora.recipe import fitted, load, refuse_unknown
 from templora.tasks.score import Scores, score
 
 
@@ -60,6 +60,7 @@ def read(path: Path) -> Sweep:
         ) from error
     if not runs:
         raise InvalidRecipe(f"{path} has no runs; list maps of recipe keys, {{}} for the recipe as it is")
+    refuse_unknown(f"key of {path}", values, ("recipe", "tokens", "seed", "set", "runs"))
     # A key without a value is one that is left out.
     common, tokens, seed = values.get("set") or {}, values.get("tokens"), values.get("seed") or 0
     if not isinstance(common, dict):

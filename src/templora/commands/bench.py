@@ -52,9 +52,10 @@ def pg19(
         stores = _stores(out, recipes)
         pages: list[str] = []
         groups: dict[str, list[dict[str, Any]]] = {}
+        failed = 0
         for name in recipes:
             job = Job(load_base(model, None, None), recipes[name], seed, tokens, 0, True)
-            score_all(job, files, stores[name], [])
+            failed += score_all(job, files, stores[name], [])
             groups[Path(name).stem] = done = _of_these(files, stores[name])
             seconds = sum(entry["learn_seconds"] for entry in done)
             pages += [f"## {name}", bench.tables(done), bench.quarters(done)]
@@ -68,6 +69,8 @@ def pg19(
             _put_pages(out / "tables.md", [*pages, "## Cost of a window", cost_table(rows)])
             plot_costs(rows, out / "cost.png")
         say(f"tables, results and plot are in {out}")
+        if failed:
+            raise typer.Exit(2)
 
 
 @app.command()

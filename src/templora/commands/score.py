@@ -16,7 +16,7 @@ from templora.commands.options import Context, Device, Dtype, Model, Pairs, Reci
 from templora.commands.running import INTERRUPTED, interruptible, one_line_errors, say
 from templora.errors import InvalidText, OutputError, TemploraError
 from templora.events import ChunkScored
-from templora.recipe import fitted
+from templora.recipe import fitted, refitted
 
 if TYPE_CHECKING:
     from templora.base import Base
@@ -112,6 +112,15 @@ class Job:
     def asked(self) -> dict[str, Any]:
         """What of each text is scored, and how: a part of its result."""
         return {"tokens": self.tokens, "skip": self.skip, "base": self.score_base}
+
+    def say_sizes(self) -> None:
+        """Say, once for all texts, which sizes this base cannot hold.
+
+        Raises:
+            WindowTooLarge: they were asked for.
+        """
+        if sizes := refitted(self.recipe, fitted(self.recipe, self.base.positions)[1]):
+            say(f"warning: this base has {self.base.positions} positions: {sizes}")
 
     def refuse(self, entry: dict[str, Any]) -> None:
         """See that a result of an earlier run may stand beside those of this one.
@@ -228,6 +237,7 @@ def put(path: Path, text: str) -> None:
 def score_all(job: Job, files: list[Path], results: Results, interrupted: list[int]) -> int:
     """Score each file that is not done; returns how many could not be."""
     failed, checkpoint = 0, Checkpoint(results.path, resume=results.resume)
+    job.say_sizes()
     for file in files:
         if interrupted or results.has(str(file), job):
             continue
@@ -269,6 +279,7 @@ def score_together(job: Job, files: list[Path], results: Results, interrupted: l
             yield ids
 
     batch = Batch(job.base, job.recipe, size=min(size, len(files)))
+    job.say_sizes()
     for text, event in scoring(batch, documents(), seed=job.seed, score_base=job.score_base):
         if interrupted:
             break

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from templora.base import Base
-from templora.events import ChunkLearned, ChunkScored, ChunkSkipped, Event, RolledBack
+from templora.errors import InvalidText
+from templora.events import ChunkLearned, ChunkScored, ChunkSkipped, Event, RolledBack, Warned
 from templora.metrics import Tally, perplexity
 from templora.session import Session
+from templora.window import FIRST_TARGET
 
 
 @dataclass(slots=True)
@@ -20,7 +22,7 @@ class Scores:
 
     chunks: start and tokens as in the text, base_nll and adapted_nll in nats summed over the chunk (None
     where the base was not asked), learn_seconds, and where the guard stepped in what it did: `guard` is the
-    reason why a chunk was not learned, or "rolled_back".
+    reason why a chunk was not learned, or "rolled_back"; or "not_finite" where its update had to be dropped.
     """
 
     base: Tally = field(default_factory=Tally)
@@ -29,9 +31,10 @@ class Scores:
 
     @classmethod
     def of(cls, base: Base, ids: list[int]) -> "Scores":
-        """Empty scores of a text, its bytes counted."""
+        """Empty scores of a text, the bytes of what is scored of it counted."""
         scores = cls()
-        scores.base.bytes = scores.adapted.bytes = len(base.decode(ids).encode())
+        unscored = "" if base.prefix_ids else base.decode(ids[:FIRST_TARGET])
+        scores.base.bytes = scores.adapted.bytes = len(base.decode(ids).encode()) - len(unscored.encode())
         return scores
 
     def take(self, event: Event) -> None:
@@ -55,6 +58,8 @@ class Scores:
             self.chunks[-1]["guard"] = event.reason
         elif isinstance(event, RolledBack):
             self.chunks[-1]["guard"] = event.kind
+        elif isinstance(event, Warned) and event.code == "not_finite":
+            self.chunks[-1]["guard"] = event.code
 
     def restore(self, chunks: list[dict[str, Any]]) -> None:
         """Take over the chunks of a run that was stopped."""
@@ -124,7 +129,12 @@ def score(
         tokens, skip: score that many tokens after skipping so many; all by default.
         score_base: also score each chunk under the bare base with the same window.
         recipe, seed, overrides: as for `Base.session`.
+
+    Raises:
+        InvalidText: a number below 0, or no text.
     """
+    if skip < 0 or (tokens is not None and tokens < 0):
+        raise InvalidText(f"cannot score {tokens} tokens after the first {skip}; give numbers of 0 or more")
     session = base.session(recipe, seed=seed, **overrides)
     ids = base.encode(text)[skip : None if tokens is None else skip + tokens]
     scores = Scores.of(base, ids)
