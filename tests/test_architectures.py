@@ -7,19 +7,27 @@ second copy of the model, which runs the visible tokens at once and returns all 
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from peft.functional import inject_adapter_in_model
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
+    BartConfig,
+    BartForCausalLM,
     BertConfig,
     BertLMHeadModel,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     MambaConfig,
     MambaForCausalLM,
     PreTrainedModel,
+    RobertaConfig,
+    RobertaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -214,6 +222,23 @@ def tiny_bert() -> PreTrainedModel:
     )
 
 
+def tiny_bart() -> PreTrainedModel:
+    sizes: dict[str, int] = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2}
+    return BartForCausalLM(BartConfig(vocab_size=257, decoder_ffn_dim=16, **sizes))
+
+
+def tiny_roberta() -> PreTrainedModel:
+    sizes: dict[str, int] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"vocab_size": 257, "intermediate_size": 16, "pad_token_id": 0}
+    config = RobertaConfig(initializer_range=0.2, **sizes)
+    config.is_decoder = True
+    return RobertaForCausalLM(config)
+
+
+def tiny_llama_with_prompt() -> Any:
+    return get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+
+
 def tiny_llama_with_lora() -> PreTrainedModel:
     model = tiny_llama()
     inject_adapter_in_model(LoraConfig(r=8, target_modules="all-linear"), model)
@@ -227,20 +252,24 @@ def tiny_llama_with_lora() -> PreTrainedModel:
         (tiny_t5, "is not a decoder-only causal LM"),
         (tiny_bert, "is not causal: a token changes what came before it"),
         (tiny_llama_with_lora, "already carries a LoRA adapter; call merge_and_unload"),
+        (tiny_llama_with_prompt, "already carries an adapter of PEFT's"),
+        (tiny_bart, "counts positions in a way of its own"),
+        (tiny_roberta, "counts positions in a way of its own"),
     ],
-    ids=["mamba", "t5", "bert", "lora"],
+    ids=["mamba", "t5", "bert", "lora", "prompt", "bart", "roberta"],
 )
 def test_a_model_that_cannot_work_is_refused_with_the_reason(
     build: Callable[[], PreTrainedModel], reason: str
 ) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build().eval()
     with pytest.raises(UnsupportedModel, match=reason) as caught:
-        templora.load(model=build().eval(), tokenizer=ByteTokenizer())
+        templora.load(model=model, tokenizer=ByteTokenizer())
     assert "\n" not in str(caught.value)
 
 
 def test_a_peft_model_is_refused_with_the_reason() -> None:
-    from peft import get_peft_model
-
     model = get_peft_model(tiny_llama(), LoraConfig(r=8, target_modules="all-linear"))
     with pytest.raises(UnsupportedModel, match="already carries a LoRA adapter"):
         templora.load(model=model, tokenizer=ByteTokenizer())  # pyright: ignore[reportArgumentType]
@@ -265,3 +294,17 @@ def test_a_target_that_is_no_linear_layer_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="embed_tokens is a Embedding"):
         base.session(targets=("q_proj", "embed_tokens"))
     assert base.session(seed=1).adapter.sites, "the model is as it was"
+
+
+def test_of_a_model_that_also_sees_only_what_writes_learns(tmp_path: Path) -> None:
+    tiny: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    text = tiny | {"vocab_size": 257, "num_key_value_heads": 1, "head_dim": 8, "num_hidden_layers": 2}
+    vision = tiny | {"num_hidden_layers": 2, "image_size": 8, "patch_size": 4}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    base = templora.load(model=Gemma3ForConditionalGeneration(config).eval(), tokenizer=ByteTokenizer())
+    session = base.session(seed=1, **SIZES, first_block=0.5)
+    assert session.read(PROSE).tokens > 0 and session.adapter.version > 0
+    session.adapter.save(tmp_path)
+    places = {".".join(name.split(".")[2:6]) for name in load_file(tmp_path / "adapter_model.safetensors")}
+    head, upper = "lm_head.lora_{}.weight", "model.language_model.layers.1"
+    assert places == {head.format("A"), head.format("B"), upper}

@@ -14,6 +14,16 @@ from templora.testing import ByteTokenizer, tiny_llama
 from tests.architectures import ARCHITECTURES, MORE, POSITIONS, Architecture
 
 BY_NAME = {str(a): a for a in (*ARCHITECTURES, *MORE)}
+# Other frequencies from there on, which cached keys do not follow.
+LONGROPE: dict[str, Any] = {
+    "original_max_position_embeddings": 24,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+    },
+}
 
 
 @pytest.mark.parametrize(
@@ -24,8 +34,9 @@ BY_NAME = {str(a): a for a in (*ARCHITECTURES, *MORE)}
         (BY_NAME["mpt"], POSITIONS),
         (Architecture("bloom", BY_NAME["bloom"].values | {"seq_length": 77}), 77),
         (BY_NAME["bloom"], None),
+        (Architecture("phi3", BY_NAME["phi3"].values | LONGROPE), 24),
     ],
-    ids=["llama", "gpt2", "mpt", "bloom", "bloom-without-limit"],
+    ids=["llama", "gpt2", "mpt", "bloom", "bloom-without-limit", "longrope"],
 )
 def test_the_positions_a_base_was_trained_for_are_found(
     architecture: Architecture, positions: int | None
@@ -59,8 +70,33 @@ def test_two_bases_differ_in_their_fingerprint_and_a_base_does_not_from_itself()
     assert prints[0] == prints[1] != prints[2]
 
 
+def test_what_transformers_takes_is_taken(tmp_path: Path) -> None:
+    tiny_llama().bfloat16().save_pretrained(tmp_path)
+    with pytest.raises(ModelNotFound, match="tokenizer"):
+        templora.load(tmp_path)
+    own = ByteTokenizer()
+    base = templora.load(tmp_path, tokenizer=own, device=torch.device("cpu"))
+    assert base.tokenizer is own
+    assert (base.dtype, base.name) == ("float32", str(tmp_path))
+    assert templora.load(tmp_path, tokenizer=own, dtype=torch.bfloat16).dtype == "bfloat16"
+
+
+def test_a_compiled_model_is_told_its_positions() -> None:
+    model: Any = torch.compile(tiny_llama(), backend="eager")
+    base = templora.load(model=model)
+    assert base.runs_rows and base.rotary is not None
+
+
+def test_a_model_that_cannot_be_differentiated_is_refused() -> None:
+    with torch.inference_mode():
+        model = tiny_llama()
+    with pytest.raises(UnsupportedModel, match="load it outside"):
+        templora.load(model=model)
+
+
 def test_a_damaged_model_is_an_error_in_one_line(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path)
+    ByteTokenizer().save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ModelNotFound, match="cannot load"):

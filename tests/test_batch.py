@@ -258,6 +258,13 @@ def test_a_model_whose_logits_are_more_than_its_head_is_refused() -> None:
         Batch(templora.load(model=ScriptedModel({1: 2})), size=2)
 
 
+def test_one_string_is_not_taken_for_its_letters(base: Base) -> None:
+    with pytest.raises(InvalidText, match="put it into a list"):
+        templora.score_batch(base, TEXT[:40], **SIZES)
+    with pytest.raises(InvalidText, match="put it into a list"):
+        templora.write_batch(base, TEXT[:40], 3, **SIZES)
+
+
 def test_an_empty_prompt_is_named(base: Base) -> None:
     with pytest.raises(InvalidText, match="prompt 2 is empty"):
         next(templora.write_batch(base, ["a", ""], 5, **SIZES))

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 import templora
 from templora.base import Base
 from templora.decoder import Decoder
+from templora.errors import InvalidRecipe, ModelNotFound, SessionClosed
 from templora.events import ChunkScored
 from templora.session import Session
 from templora.testing import ByteTokenizer, tiny_llama
@@ -252,6 +254,34 @@ def test_a_saved_adapter_is_loaded_by_peft_with_the_same_logits(tmp_path: Path) 
     other = tiny_base().session(seed=9, window=32, chunk=16, context=32)
     other.adapter.load(tmp_path, version=12)
     assert torch.equal(other.adapter.flat, session.adapter.flat)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "folder", "error"),
+    [
+        ({"rank": 8}, ".", InvalidRecipe),
+        ({"head": 0.0}, ".", InvalidRecipe),
+        ({"head": 1.0}, "nowhere", ModelNotFound),
+    ],
+)
+def test_an_adapter_of_another_recipe_is_refused_whole(
+    wishes: dict[str, Any], folder: str, error: type[Exception], tmp_path: Path
+) -> None:
+    BASE.session(seed=4).adapter.save(tmp_path)
+    adapter = BASE.session(seed=9, **wishes).adapter
+    before = adapter.snapshot()
+    with pytest.raises(error):
+        adapter.load(tmp_path / folder, version=1)
+    assert torch.equal(adapter.flat, before) and adapter.version == 0
+
+
+def test_an_adapter_that_is_gone_is_not_saved_as_an_empty_one(tmp_path: Path) -> None:
+    with BASE.session(seed=4) as session:
+        session.adapter.save(tmp_path)
+    for use in (lambda: session.adapter.save(tmp_path), lambda: session.adapter.load(tmp_path, 1)):
+        with pytest.raises(SessionClosed, match="was discarded"):
+            use()
+    assert load_file(tmp_path / "adapter_model.safetensors")
 
 
 BASE = tiny_base()

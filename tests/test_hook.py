@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
     LogitsProcessor,
@@ -203,6 +204,35 @@ def test_a_dict_is_returned_where_one_is_asked_for() -> None:
     assert output.sequences.shape == (1, PROMPT.shape[1] + 5)
 
 
+def test_scores_and_logits_are_returned_where_they_are_asked_for() -> None:
+    wishes: dict[str, Any] = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "repetition_penalty": 1.3,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "output_logits": True,
+    }
+    lengths: list[int] = []
+
+    def never(_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        lengths.append(len(scores))
+        return torch.tensor([False])
+
+    criteria: Any = StoppingCriteriaList([never])
+    ours = MODEL.generate(
+        PROMPT,
+        custom_generate=templora.generate,
+        recipe_overrides={"window": 100, "chunk": 16, "context": 16, "learning_rate": 0.0},
+        stopping_criteria=criteria,
+        **wishes,
+    )
+    theirs = MODEL.generate(PROMPT, **wishes)
+    torch.testing.assert_close(ours.scores, theirs.scores)
+    torch.testing.assert_close(ours.logits, theirs.logits)
+    assert lengths == [1, 2, 3, 4, 5, 6]
+
+
 def test_the_model_is_bit_for_bit_what_it_was_even_after_a_failure() -> None:
     base = Base(MODEL, None)
     before, keys = base.fingerprint(), set(vars(MODEL))
@@ -230,12 +260,30 @@ def test_the_model_is_bit_for_bit_what_it_was_even_after_a_failure() -> None:
         ({"ids": PROMPT.repeat(2, 1)}, "pass a batch of one"),
         ({"num_beams": 2}, "set num_beams and num_return_sequences to 1"),
         ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences to 1"),
+        ({"inputs_embeds": torch.zeros(1, PROMPT.shape[1], 32)}, "pass input_ids without inputs_embeds"),
     ],
-    ids=["batch", "beams", "sequences"],
+    ids=["batch", "beams", "sequences", "embeddings"],
 )
 def test_what_a_session_cannot_do_is_refused(kwargs: dict[str, Any], reason: str) -> None:
     with pytest.raises(InvalidRecipe, match=reason):
         generate(max_new_tokens=3, **kwargs)
+
+
+def test_tokens_that_are_in_a_cache_alone_are_refused() -> None:
+    cache = DynamicCache()
+    with torch.no_grad():
+        MODEL(PROMPT[:, :30], past_key_values=cache, use_cache=True)
+    for hidden in (0, 3):  # transformers leaves out a mask that hides nothing
+        mask = torch.ones_like(PROMPT)
+        mask[:, :hidden] = 0
+        with pytest.raises(InvalidRecipe, match="pass all its input_ids"):
+            MODEL.generate(
+                PROMPT[:, 30:],
+                attention_mask=mask,
+                past_key_values=cache,
+                custom_generate=templora.generate,
+                max_new_tokens=3,
+            )
 
 
 def test_a_model_in_training_is_only_borrowed() -> None:

@@ -132,6 +132,12 @@ def test_an_id_outside_the_vocabulary_bans_nothing(banned: list[int]) -> None:
     assert torch.equal(filtered(processors, VISIBLE, scores), processors(ids, scores))  # pyright: ignore[reportArgumentType]
 
 
+def test_a_ban_of_nothing_bans_nothing() -> None:
+    scores = logits(1).unsqueeze(0)
+    nothing = theirs(suppress_tokens=[])  # as some models' generation config says
+    assert torch.equal(filtered(nothing, VISIBLE, scores), scores)
+
+
 def test_a_processor_of_ones_own_sees_the_text() -> None:
     seen = list[list[int]]()
 

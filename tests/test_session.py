@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from itertools import islice, zip_longest
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -542,6 +544,19 @@ def test_sizes_that_nobody_fixed_are_fitted_and_that_is_said_once() -> None:
 def test_a_seed_that_no_generator_takes_is_refused() -> None:
     with pytest.raises(InvalidRecipe, match="up to 18 digits"):
         BASE.session(seed=2**70)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(tmp_path: Path) -> None:
+    loop = BASE.encode("ab" * 60)
+    told: list[list[str]] = []
+    for ids, folder in ((loop, None), (torch.tensor(loop), None), (torch.tensor(loop), tmp_path / "s")):
+        made = BASE.session(seed=np.int64(7), dir=folder, **FAST | {"guard": True})  # pyright: ignore
+        made.extend(ids, "ab" * 60)  # pyright: ignore[reportArgumentType]
+        told.append([event.kind for event in made.learning()])
+        assert next(e.kind for e in made.write(1)) == "token"
+        made.discard()
+    assert told[0] == told[1] == told[2]
+    assert "chunk_skipped" in told[0], "a repetition is one in every form"
 
 
 def test_a_base_without_a_tokenizer_works_with_ids() -> None:

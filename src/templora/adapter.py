@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from templora import injection
-from templora.errors import OutputError
+from templora.errors import InvalidRecipe, ModelNotFound, OutputError, SessionClosed
 from templora.gated_mlp import GatedMlp, gated_mlps
 from templora.injection import Site, standing_in
 from templora.lora_linear import LoraLinear
@@ -145,8 +145,9 @@ class Adapter:
         """Write it in PEFT's format: `PeftModel.from_pretrained(model, folder)` loads it.
 
         Raises:
-            OutputError: the folder cannot be written.
+            OutputError: the folder cannot be written. SessionClosed: it was discarded.
         """
+        self._check_kept()
         with self.turn, standing_in(self.sites, [site.lora for site in self.sites]):
             tensors = injection.weights(self._model, self.config)
         try:
@@ -161,11 +162,29 @@ class Adapter:
 
     @torch.no_grad()
     def load(self, folder: str | Path, version: int) -> None:
-        """Take over weights that `save` wrote from an adapter of the same recipe and base."""
-        stored = load_file(Path(folder) / WEIGHTS)
-        for name, site in injection.named(self._model, self.sites):
-            site.a.copy_(stored[f"{name}.lora_A.weight"])
-            site.b.copy_(stored[f"{name}.lora_B.weight"])
+        """Take over weights that `save` wrote from an adapter of the same recipe and base.
+
+        Raises:
+            ModelNotFound: they cannot be read. InvalidRecipe: they are of other layers or of another rank.
+            SessionClosed: this adapter was discarded.
+        """
+        self._check_kept()
+        try:
+            # PEFT adds the base's embeddings to what it saves where the head learns.
+            stored = {k: v for k, v in load_file(Path(folder) / WEIGHTS).items() if ".lora_" in k}
+        except (OSError, SafetensorError) as error:
+            raise ModelNotFound(f"cannot read {Path(folder) / WEIGHTS}: {error}; choose another") from error
+        own = {
+            f"{name}.lora_{side}.weight": weight
+            for name, site in injection.named(self._model, self.sites)
+            for side, weight in (("A", site.a), ("B", site.b))
+        }
+        if {k: v.shape for k, v in stored.items()} != {k: v.shape for k, v in own.items()}:
+            raise InvalidRecipe(
+                f"the adapter in {folder} has other layers or another rank; use the recipe it was learned by"
+            )
+        for name, weight in own.items():
+            weight.copy_(stored[name])
         self._set_version(version)
 
     def discard(self) -> None:
@@ -176,6 +195,10 @@ class Adapter:
         self.flat = self.gradient = torch.empty(0)
         self.a = self.b = nn.Parameter(self.flat)
         self.layers_b = [], []
+
+    def _check_kept(self) -> None:
+        if not self.sites:
+            raise SessionClosed("this adapter was discarded with its session; save it before that")
 
     @contextmanager
     def _standing(self, layers: Sequence[nn.Module]) -> Generator[None]:

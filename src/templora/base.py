@@ -19,16 +19,13 @@ from templora.cache import WindowCache
 from templora.cross_entropy import linear_nll, logits_nll
 from templora.errors import InvalidRecipe, InvalidText, TemploraError
 from templora.probe import Probe, Watch, probe
-from templora.rotary import Rotary, rotary_of
+from templora.rotary import Rotary, positions_of, rotary_of
 from templora.turns import turn
 
 if TYPE_CHECKING:
     from templora.durable import DurableSession
     from templora.recipe import Recipe
     from templora.session import Session
-
-# What configs call it: nearly all of them, MPT, BLOOM.
-POSITIONS = ("max_position_embeddings", "max_seq_len", "seq_length")
 
 
 class Base:
@@ -42,6 +39,7 @@ class Base:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str = ""
     ) -> None:
+        model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper hides what `forward` takes
         self.model, self.turn, self._tokenizer = model, turn(model), tokenizer
         self.name = name or model.config.name_or_path or ""
         self.start = start.read(model.config.name_or_path or "")
@@ -50,7 +48,7 @@ class Base:
             self._probe: Probe = probe(model)
             self._step, self._watched = array_step.step_of(model), Watch(model.modules())
         text = model.config.get_text_config()
-        self.positions: int | None = next((n for key in POSITIONS if (n := getattr(text, key, None))), None)
+        self.positions: int | None = positions_of(text)
         self.vocabulary: int = text.vocab_size
         accepted = inspect.signature(model.forward).parameters
         self._accepts = {"position_ids", "logits_to_keep"} & accepted.keys()
@@ -293,16 +291,17 @@ class Base:
 
 
 def load(
-    name: str | None = None,
+    name: str | Path | None = None,
     *,
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
 ) -> Base:
     """A base by name ("novelist", a local folder, a GGUF file, a hub id), or from a loaded model.
 
     Args:
+        tokenizer: in place of the model's own.
         dtype: "float32", "bfloat16", "float16", or "4bit" (NF4, by bitsandbytes); by default the checkpoint's
             on a GPU, and float32 on a CPU for models of up to two billion parameters.
         device: "cuda", "cpu", …; by default a GPU where there is one.
@@ -315,6 +314,6 @@ def load(
     if model is not None:
         if dtype is not None or device is not None:
             raise InvalidRecipe("a loaded model has its dtype and device; leave them out, or use model.to(…)")
-        return Base(model, tokenizer, name or "")
-    loaded, found = loading.load_pretrained(name or loading.EMBEDDED, dtype, device)
-    return Base(loaded, tokenizer or found, name or loading.EMBEDDED)
+        return Base(model, tokenizer, str(name or ""))
+    name = str(name or loading.EMBEDDED)
+    return Base(*loading.load_pretrained(name, dtype, device, tokenizer), name)

@@ -289,7 +289,7 @@ def create(
     plain = Session(base, recipe, seed=seed, **overrides)
     announced, fitted = list(plain.learning()), plain.recipe
     plain.discard()
-    head = header.made(base.describe(), fitted, seed, BUDGET if budget is None else budget)
+    head = header.made(base.describe(), fitted, plain.seed, BUDGET if budget is None else budget)
     return DurableSession(base, Store.create(Path(dir), head), announced)
 
 

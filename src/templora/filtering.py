@@ -52,9 +52,11 @@ def filtered(processors: LogitsProcessorList, visible: Sequence[int], scores: Te
 
 
 def _suppressed(processor: Any, scores: Tensor) -> Tensor | None:
-    """None where an id is no place in the vocabulary, which theirs passes over."""
+    """None where an id is no place in the vocabulary, which theirs passes over, and where there is none."""
     banned: Tensor = processor.suppress_tokens
-    if banned.device != scores.device or int(banned.min()) < 0 or int(banned.max()) >= scores.shape[-1]:
+    if not banned.numel() or banned.device != scores.device:
+        return None
+    if int(banned.min()) < 0 or int(banned.max()) >= scores.shape[-1]:
         return None
     return scores.index_fill(-1, banned, -inf)
 

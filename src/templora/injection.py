@@ -69,6 +69,8 @@ class Site:
 
 def config_of(model: PreTrainedModel, recipe: Recipe) -> LoraConfig:
     """PEFT's configuration of the recipe's adapter on this model."""
+    text = _text_part(model)
+    excluded = [*_beside(model, text), *_lower_blocks(model, text, recipe.first_block), *_odd_layers(model)]
     return LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,  # pyright: ignore[reportArgumentType]
@@ -76,7 +78,7 @@ def config_of(model: PreTrainedModel, recipe: Recipe) -> LoraConfig:
         use_rslora=recipe.rslora,
         target_modules=recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        exclude_modules="|".join([*_lower_blocks(model, recipe.first_block), *_odd_layers(model)]) or None,
+        exclude_modules="|".join(excluded) or None,
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.config.name_or_path,
     )
@@ -188,11 +190,25 @@ def _gives_a_tensor(layer: nn.Linear) -> bool:
         return False
 
 
-def _lower_blocks(model: PreTrainedModel, first_block: float) -> list[str]:
-    """A pattern for the names of all modules in the blocks below that share; none if there are none."""
-    blocks = next(
-        ((name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0), None
-    )
+def _text_part(model: PreTrainedModel) -> str:
+    """The name of what writes in a model that also sees or hears, such as Gemma 3; "" where that is all."""
+    if model.config.get_text_config() is model.config:
+        return ""
+    decoder = model.get_decoder()
+    return next((name for name, module in model.named_modules() if module is decoder), "")
+
+
+def _beside(model: PreTrainedModel, text: str) -> list[str]:
+    """A pattern for the names of all modules but those of the part that writes, and the output layer."""
+    head = model.get_output_embeddings()
+    names = [text, *(name for name, module in model.named_modules() if module is head)]
+    return [rf"(?!({'|'.join(map(re.escape, names))})(\.|$)).*"] if text else []
+
+
+def _lower_blocks(model: PreTrainedModel, text: str, first_block: float) -> list[str]:
+    """A pattern for the names of all modules in that part's blocks below that share, if there are any."""
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
+    blocks = next(((name, m) for name, m in lists if not text or name.startswith(f"{text}.")), None)
     if first_block == 0 or blocks is None:
         return []
     name, modules = blocks

@@ -32,9 +32,12 @@ LARGEST_FP32_ON_CPU = 2_000_000_000  # parameters
 
 
 def load_pretrained(
-    name: str, dtype: str | None, device: str | None
+    name: str,
+    dtype: str | torch.dtype | None,
+    device: str | torch.device | None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of that name; see `templora.load`."""
+    """Model and tokenizer of that name; see `templora.load`. tokenizer: to use in place of its own."""
     place, target = _place(name), _device(device)
     if place.file:
         _refuse_file(name, dtype)
@@ -45,7 +48,7 @@ def load_pretrained(
         raise UnsupportedModel(
             f"{name} is a {config.model_type} model, not a causal LM; choose one that writes text"
         )
-    tokenizer = _read(name, AutoTokenizer.from_pretrained, place)
+    used: PreTrainedTokenizerBase = tokenizer or _read(name, AutoTokenizer.from_pretrained, place)
     quantized = not place.file and getattr(config, "quantization_config", None) is not None
     how: dict[str, Any] = {"dtype": "auto" if dtype == FOUR_BITS else _dtype(dtype)}
     if place.file and how["dtype"] == "auto":
@@ -56,14 +59,14 @@ def load_pretrained(
         how["device_map"] = {"": target}
     try:
         model = _whole(name, place, how)
-        return (model if "device_map" in how else _moved(model, dtype, target)), tokenizer
+        return (model if "device_map" in how else _moved(model, dtype, target)), used
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(
             f"{name} does not fit on {target}; choose a smaller model, --dtype bfloat16 or {FOUR_BITS}"
         ) from error
 
 
-def _refuse_file(name: str, dtype: str | None) -> None:
+def _refuse_file(name: str, dtype: str | torch.dtype | None) -> None:
     """What cannot be done with a GGUF file."""
     if not find_spec("gguf"):
         raise MissingExtra('reading a GGUF file needs gguf; say: pip install "templora[gguf]"')
@@ -107,7 +110,7 @@ def _four_bits(device: str) -> dict[str, Any]:
     return {"quantization_config": config, "dtype": computes}
 
 
-def _moved(model: PreTrainedModel, dtype: str | None, device: str) -> PreTrainedModel:
+def _moved(model: PreTrainedModel, dtype: str | torch.dtype | None, device: str) -> PreTrainedModel:
     model = model.to(device)  # pyright: ignore[reportArgumentType, reportCallIssue]
     small = model.num_parameters() <= LARGEST_FP32_ON_CPU
     return model.float() if dtype is None and device == "cpu" and small else model
@@ -143,9 +146,9 @@ def _place(name: str) -> _Place:
     return _Place(str(path) if path.is_dir() else name)
 
 
-def _device(name: str | None) -> str:
+def _device(name: str | torch.device | None) -> str:
     """The device of that name, or the best there is; refused before a model is read."""
-    target = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    target = str(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -154,10 +157,10 @@ def _device(name: str | None) -> str:
     return target
 
 
-def _dtype(name: str | None) -> str | torch.dtype:
+def _dtype(name: str | torch.dtype | None) -> str | torch.dtype:
     if name is None or name == "auto":
         return "auto"
-    dtype = getattr(torch, name, None)
+    dtype = getattr(torch, name, None) if isinstance(name, str) else name
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise UnsupportedModel(f"no dtype {name!r}; choose float32, bfloat16, float16 or {FOUR_BITS}")
     return dtype

@@ -1,8 +1,9 @@
-"""What can be known of a model only by running it: five passes over four tokens.
+"""What can be known of a model only by running it: six passes over four tokens.
 
 A model that cannot carry an adapter is refused here, with the reason, before any work starts.
 """
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,10 @@ def probe(model: PreTrainedModel) -> Probe:
         raise UnsupportedModel(f"{kind} is not a decoder-only causal LM; choose one that is")
     if any(name.rpartition(".")[2].startswith("lora_") for name, _ in model.named_modules()):
         raise UnsupportedModel(f"{kind} already carries a LoRA adapter; call merge_and_unload() first")
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise UnsupportedModel(f"{kind} already carries an adapter of PEFT's; take it out first")
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise UnsupportedModel(f"{kind} was made inside torch.inference_mode(); load it outside")
     if getattr(model, "_is_stateful", False):
         raise UnsupportedModel(f"{kind} keeps a recurrent state, not keys and values; choose a transformer")
     if len(devices := {str(parameter.device) for parameter in model.parameters()}) > 1:
@@ -90,8 +95,25 @@ def _try(model: PreTrainedModel, head: nn.Module, kind: str) -> bool:
         raise UnsupportedModel(f"{kind} keeps no keys and values; choose a transformer")
     if not _close(torch.cat((before, after)), whole, 0.05):
         raise UnsupportedModel(f"{kind} does not continue from its cache as it does in one pass")
+    if not _takes_positions(model, ids, whole, cache):
+        cure = "choose another model, or name position_ids in its forward"
+        raise UnsupportedModel(f"{kind} counts positions in a way of its own; {cure}")
     hidden = getattr(model.base_model(ids, use_cache=False), "last_hidden_state", None)
     return hidden is not None and torch.equal(head(hidden)[0], whole)
+
+
+def _takes_positions(model: PreTrainedModel, ids: Tensor, whole: Tensor, cache: Any) -> bool:
+    """Whether positions are those that it is told, from 0; or, where it is told none, only distances.
+
+    whole: its logits, [4, vocab]. cache: of all tokens. By the first block's keys, which hold nothing else.
+    """
+    exact = torch.finfo(whole.dtype).eps ** 0.5
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        places = torch.arange(TOKENS, device=ids.device).unsqueeze(0)
+        return _close(model(ids, position_ids=places, use_cache=False).logits[0], whole, exact)
+    alone: Any = WindowCache(1)
+    model(ids[:, -1:], past_key_values=alone, use_cache=True)
+    return _close(alone.layers[0].keys[:, :, 0], cache.layers[0].keys[:, :, TOKENS - 1], exact)
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from templora.cache import PrefixLayer
 
+# What configs call it: nearly all of them, MPT, BLOOM.
+POSITIONS = ("max_position_embeddings", "max_seq_len", "seq_length")
 MOVING = ("dynamic", "longrope")  # frequencies that depend on how long the text is
 TOKENS, APART = 4, 512  # tokens that are tried, and by how many positions they are moved
 CLOSE = 0.05  # relative error: low precision stays far below, another layout of the halves far above
@@ -41,6 +43,18 @@ class Rotary:
         one, other = keys[..., :half].float(), keys[..., half : 2 * half].float()
         turned = torch.cat((one * cos - other * sin, other * cos + one * sin), dim=-1)
         return torch.cat((turned.to(keys.dtype), keys[..., 2 * half :]), dim=-1)
+
+
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """How many positions a model of that config was trained for, None if without limit.
+
+    LongRoPE (arXiv 2402.13753) counts up to the length that it was stretched from: past that it takes other
+    frequencies, and keys that are cached by then would not follow.
+    """
+    found = next((n for key in POSITIONS if (n := getattr(config, key, None))), None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    first = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+    return min(found or first, first) if first else found
 
 
 @torch.no_grad()

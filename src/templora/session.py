@@ -54,7 +54,7 @@ class Session:
         base.refuse_modes()
         if not -(2**63) <= seed < 2**63:
             raise InvalidRecipe(f"seed {seed} is too large; choose one of up to 18 digits")
-        self.base, self.seed = base, seed
+        self.base, self.seed = base, int(seed)
         wished = load_recipe(recipe, overrides)
         self.plan, self.recipe = fitted(wished, base.positions)
         self._start_afresh()
@@ -132,7 +132,7 @@ class Session:
     def extend(self, ids: Sequence[int], text: str) -> None:
         """Append given tokens and their text without learning yet; any loop learns them first."""
         self.base.check(ids)
-        self._give([*([] if self.ids else self._prefix), *ids], text)
+        self._give([*([] if self.ids else self._prefix), *map(int, ids)], text)  # a tensor's are none
 
     def write(
         self,

@@ -65,10 +65,10 @@ class ScriptedModel(LlamaForCausalLM):
         self.register_buffer("successor", table)
         self.eval()
 
-    def forward(self, input_ids: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, input_ids: Any, position_ids: Any = None, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As Llama's, with `PUSH` added to the logit of each token's successor."""
         kwargs.pop("logits_to_keep", None)
-        output: Any = super().forward(input_ids, **kwargs)
+        output: Any = super().forward(input_ids, position_ids=position_ids, **kwargs)
         following = self.successor[input_ids].unsqueeze(-1)  # pyright: ignore[reportIndexIssue]
         push = torch.full_like(following, self.PUSH, dtype=output.logits.dtype)
         output.logits = output.logits.scatter_add(2, following, push)

@@ -64,7 +64,7 @@ def score_batch(
     Raises:
         InvalidRecipe, UnsupportedModel: this recipe or base must run its texts one at a time.
     """
-    documents = [base.encode(text) for text in texts]
+    documents = [base.encode(text) for text in _several(texts)]
     scores = [Scores.of(base, ids) for ids in documents]
     batch = Batch(base, recipe, size=size, **overrides)
     for text, event in scoring(batch, documents, seed=seed, score_base=score_base):
@@ -101,11 +101,17 @@ def write_batch(
 
     Raises:
         InvalidRecipe, UnsupportedModel: this recipe or base must run its texts one at a time.
-        InvalidText: a prompt is empty.
+        InvalidText: a prompt is empty, or one string was given in place of several.
     """
     sampling = sampling or Sampling.of(base.model.generation_config)
     wishes = Wishes.of(tokens, sampling, None, stop, stop_at_eos, score_base)
-    return _numbered(Batch(base, recipe, size=size, **overrides), prompts, wishes, seed)
+    return _numbered(Batch(base, recipe, size=size, **overrides), _several(prompts), wishes, seed)
+
+
+def _several(texts: Sequence[str]) -> Sequence[str]:
+    if isinstance(texts, str):
+        raise InvalidText("one string stands where several texts belong; put it into a list")
+    return texts
 
 
 def _numbered(batch: Batch, prompts: Sequence[str], wishes: Wishes, seed: int) -> Iterator[tuple[int, Event]]:
