@@ -4,18 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 import templora
 from templora import array_step, step
 from templora.array_step import ArrayStep
 from templora.base import Base
-from templora.cache import WindowCache
 from templora.session import Session
 from templora.step import Step
 from templora.testing import ByteTokenizer, tiny_llama
-from tests.test_step import SHAPES
+from tests.test_step import SHAPES, logits
 
 CLOSE = 1e-5  # logits are about 1
 
@@ -25,23 +22,6 @@ def made_by(model: Any) -> ArrayStep:
     exact = step.step_of(model)
     assert exact is not None
     return ArrayStep(exact)
-
-
-def logits(run: Step | ArrayStep | PreTrainedModel, model: Any) -> Tensor:
-    """After each token of a text whose oldest tokens go out of sight on the way, [tokens, vocab]."""
-    cache, made = WindowCache(128), list[Tensor]()
-    with torch.no_grad():
-        model(torch.arange(1, 70).unsqueeze(0), past_key_values=cache, use_cache=True)
-        for position in range(69, 120):
-            token = 7 * position % 250
-            if position == 90:
-                cache.forget_before(30)
-            if isinstance(run, Step | ArrayStep):
-                made.append(run(token, position, cache))
-            else:
-                inputs: dict[str, Any] = {"position_ids": torch.tensor([[position]]), "use_cache": True}
-                made.append(run(torch.tensor([[token]]), past_key_values=cache, **inputs).logits[0, 0])
-    return torch.stack(made)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

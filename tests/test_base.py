@@ -65,11 +65,6 @@ def test_several_tokens_may_end_a_document() -> None:
     assert templora.load(model=model).eos_ids == [3, 4]
 
 
-def test_two_bases_differ_in_their_fingerprint_and_a_base_does_not_from_itself() -> None:
-    prints = [templora.load(model=tiny_llama(seed)).fingerprint() for seed in (0, 0, 1)]
-    assert prints[0] == prints[1] != prints[2]
-
-
 def test_what_transformers_takes_is_taken(tmp_path: Path) -> None:
     tiny_llama().bfloat16().save_pretrained(tmp_path)
     with pytest.raises(ModelNotFound, match="tokenizer"):
@@ -124,7 +119,7 @@ def test_a_base_in_four_bits_learns_too_and_is_known_again(tmp_path: Path) -> No
     assert found.change is not None and found.change < -0.2
     assert quantized.fingerprint() == before
     with quantized.session(dir=tmp_path / "s", **sizes) as session:
-        session.read(text[:2000])
+        session.read(text[:600])
         weights = session.adapter.flat.clone()
     with templora.resume(tmp_path / "s", device="cpu") as session:
         assert session.base.dtype == "4bit"

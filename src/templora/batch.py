@@ -26,8 +26,6 @@ from templora.session import Session
 from templora.stacked import Stack
 from templora.window import Span
 
-Happened = list[tuple["Text", list[Event]]]
-
 
 class Text(Session):
     """A session in a batch. number: whose text it is, for whoever made the batch."""
@@ -149,14 +147,14 @@ class Batch:
         self.texts[row] = self.texts[-1]
         self.texts.pop()
 
-    def finish_chunks(self, *, score_base: bool) -> Happened:
+    def finish_chunks(self, *, score_base: bool) -> list[tuple[Text, Event]]:
         """Score every text's chunk, and learn those that are full; a shorter one is the end of its text."""
         started = time.perf_counter()
         with fits_in_memory(self.texts[0].plan):
             happened = self._finish(score_base, started)
         for text in self.texts:
             text.to_next_chunk()
-        return happened
+        return [(text, event) for text, events in happened for event in events]
 
     def write_chunk(self) -> Iterator[tuple[Text, Event]]:
         """Write every text to the end of its chunk, or to its own end."""
@@ -186,7 +184,7 @@ class Batch:
         with fits_in_memory(self.texts[0].plan):
             return self._passes.logits(rows, step)
 
-    def _finish(self, score_base: bool, started: float) -> Happened:
+    def _finish(self, score_base: bool, started: float) -> list[tuple[Text, list[Event]]]:
         passes, texts = self._passes, self.texts
         assert passes is not None
         rows = [text.row for text in texts]
@@ -196,7 +194,7 @@ class Batch:
         adapted = _sums(nll, rows)
         spent = (time.perf_counter() - started) / len(texts) if one_pass else 0.0
         base = self._base_sums(rows, score_base)
-        happened: Happened = []
+        happened: list[tuple[Text, list[Event]]] = []
         to_learn: list[int] = []
         for text, row, own, bare in zip(texts, rows, adapted, base, strict=True):
             span = row.span

@@ -119,30 +119,28 @@ class WindowCache(Cache):
         self.origin = 0
 
     @property
-    def _first_layer(self) -> WindowLayer | None:
-        return self.layers[0] if self.layers else None  # pyright: ignore[reportReturnType]
+    def _windows(self) -> list[WindowLayer]:
+        return self.layers  # pyright: ignore[reportReturnType]
 
     @property
     def first(self) -> int:
         """Index in the text of the oldest visible token."""
-        return self.origin + (self._first_layer.first if self._first_layer else 0)
+        return self.origin + (self._windows[0].first if self.layers else 0)
 
     @property
     def stop(self) -> int:
         """Index in the text after the newest cached token."""
-        return self.origin + (self._first_layer.stop if self._first_layer else 0)
+        return self.origin + (self._windows[0].stop if self.layers else 0)
 
     def restart(self, origin: int) -> None:
         """Forget everything; the next token comes from index `origin` and gets position 0."""
         self.origin = origin
-        for layer in self.layers:
-            assert isinstance(layer, WindowLayer)
+        for layer in self._windows:
             layer.first = layer.stop = 0
 
     def forget_before(self, token: int) -> None:
         """Hide all tokens older than that index of the text."""
-        for layer in self.layers:
-            assert isinstance(layer, WindowLayer)
+        for layer in self._windows:
             layer.first = min(max(layer.first, token - self.origin), layer.stop)
 
     def move_to_front(self, token: int, moved: Moved) -> None:
@@ -151,24 +149,21 @@ class WindowCache(Cache):
         If this fails half-way, what is cached is of no use any more. moved: see `rotary`.
         """
         self.forget_before(token)
-        kept = [state for layer in self.layers if "keys" in (state := _state_of(layer))]
+        kept = [layer.state() for layer in self._windows]
         keys = moved([state["keys"] for state in kept], self.origin - token)
-        for layer, state, own in zip(self.layers, kept, keys, strict=True):
-            assert isinstance(layer, WindowLayer)
+        for layer, state, own in zip(self._windows, kept, keys, strict=True):
             layer.first = layer.stop = 0
             layer.update(own, state["values"])
         self.origin = token
 
     def crop(self, token: int) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Forget all tokens from that index of the text on."""
-        for layer in self.layers:
-            assert isinstance(layer, WindowLayer)
+        for layer in self._windows:
             layer.stop = max(layer.first, min(layer.stop, token - self.origin))
 
     def state(self) -> dict[str, Any]:
         """Everything in it, copied: plain values and tensors."""
-        layers = [_state_of(layer) for layer in self.layers]
-        return {"origin": self.origin, "layers": layers}
+        return {"origin": self.origin, "layers": [layer.state() for layer in self._windows]}
 
     def load_state(self, state: dict[str, Any], device: torch.device) -> None:
         """Continue, on that device, from what `state` returned."""
@@ -187,7 +182,7 @@ class WindowCache(Cache):
         if first == stop:
             return Cache(layer_class_to_replicate=PrefixLayer)
         rows = slice(first - self.origin, stop - self.origin)
-        return Cache(layers=[_prefix_layer(layer, rows) for layer in self.layers])
+        return Cache(layers=[_prefix_layer(layer, rows) for layer in self._windows])
 
     def extend(self, prefix: Cache) -> None:
         """Append the new keys that a pass over `prefix` made."""
@@ -207,11 +202,6 @@ class WindowCache(Cache):
             raise
 
 
-def _state_of(layer: object) -> dict[str, Any]:
-    assert isinstance(layer, WindowLayer)
-    return layer.state()
-
-
-def _prefix_layer(layer: object, rows: slice) -> PrefixLayer:
-    assert isinstance(layer, WindowLayer) and layer.keys is not None and layer.values is not None
+def _prefix_layer(layer: WindowLayer, rows: slice) -> PrefixLayer:
+    assert layer.keys is not None and layer.values is not None
     return PrefixLayer(layer.keys[:, :, rows], layer.values[:, :, rows])

@@ -34,13 +34,13 @@ class Journal:
 
     def __init__(self, path: Path, contents: Contents) -> None:
         self.path, self.lines = path, len(contents.lines)
-        self._size, self._crc = contents.size, contents.crc
+        self._crc = contents.crc
         self._broken = False
         try:
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
             if contents.torn:
-                os.ftruncate(self._file, self._size)
-            os.lseek(self._file, self._size, os.SEEK_SET)
+                os.ftruncate(self._file, contents.size)
+            os.lseek(self._file, contents.size, os.SEEK_SET)
         except OSError as error:
             raise _cannot_write(path, error) from error
 
@@ -68,7 +68,7 @@ class Journal:
                 os.fsync(self._file)
         except OSError as error:
             raise _cannot_write(self.path, error) from error
-        self._size, self._crc, self.lines = self._size + len(data), crc, self.lines + 1
+        self._crc, self.lines = crc, self.lines + 1
         then(line)
         self._broken = False
 

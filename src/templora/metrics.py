@@ -17,11 +17,11 @@ class Tally:
     tokens: int = 0
     bytes: int = 0
 
-    def add(self, nll: float, tokens: int, bytes: int = 0) -> None:
-        """Add one piece: nll in nats, summed over `tokens`."""
-        self.nll += nll
-        self.tokens += tokens
-        self.bytes += bytes
+    def add(self, nll: float | None, tokens: int) -> None:
+        """Add one piece: nll in nats, summed over `tokens`; None where it was not measured adds nothing."""
+        if nll is not None:
+            self.nll += nll
+            self.tokens += tokens
 
     @property
     def perplexity(self) -> float | None:
@@ -59,5 +59,12 @@ def count(event: Event, base: Tally, adapted: Tally) -> None:
     """Add a scored chunk to both sums; other events pass by."""
     if isinstance(event, ChunkScored):
         adapted.add(event.adapted_nll, event.tokens)
-        if event.base_nll is not None:
-            base.add(event.base_nll, event.tokens)
+        base.add(event.base_nll, event.tokens)
+
+
+def change(base: float | None, adapted: float | None) -> float | None:
+    """A perplexity under the adapter against the base's, as a fraction: -0.2 is a fifth lower.
+
+    None where one of them is not known.
+    """
+    return None if base is None or adapted is None else adapted / base - 1

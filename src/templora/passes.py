@@ -55,6 +55,12 @@ class Passes:
         self._bare.forget()
 
     @torch.no_grad()
+    def adapted_nll(self, ids: Sequence[int], span: Span) -> float:
+        """Summed NLL of the chunk's tokens in nats under the adapter, seeing the window."""
+        with self.adapter.attached():
+            return float(self.nll(ids, span, self.window).sum())
+
+    @torch.no_grad()
     def base_nll(self, ids: Sequence[int], span: Span) -> float:
         """Summed NLL of the chunk's tokens in nats under the bare base, seeing the window."""
         return float(self._nll(self._bare, ids, span, self.window).sum())

@@ -16,36 +16,26 @@ from templora.sampling import Sampling
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What `Session.write` is asked for; see there."""
+    """What `Session.write` is asked for; see there.
+
+    Raises:
+        InvalidText: a number below 0, or nothing to stop at.
+    """
 
     tokens: int
     sampling: Sampling
     processors: LogitsProcessorList | None = None
-    stop: tuple[str, ...] = ()
+    stop: str | Sequence[str] = ()
     stop_at_eos: bool = False
     score_base: bool = True
 
-    @classmethod
-    def of(
-        cls,
-        tokens: int,
-        sampling: Sampling,
-        processors: LogitsProcessorList | None,
-        stop: str | Sequence[str],
-        stop_at_eos: bool,
-        score_base: bool,
-    ) -> "Wishes":
-        """The same, checked.
-
-        Raises:
-            InvalidText: a number below 0, or nothing to stop at.
-        """
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        if tokens < 0:
-            raise InvalidText(f"cannot write {tokens} tokens; give a number of 0 or more")
+    def __post_init__(self) -> None:
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stops)  # it is frozen from here on
+        if self.tokens < 0:
+            raise InvalidText(f"cannot write {self.tokens} tokens; give a number of 0 or more")
         if "" in stops:
             raise InvalidText("a string to stop at is empty, and would end every text; leave it out")
-        return cls(tokens, sampling, processors, stops, stop_at_eos, score_base)
 
 
 @dataclass(slots=True)

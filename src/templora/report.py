@@ -237,7 +237,7 @@ class TextFile:
             if error is None:
                 raise self._full(failure) from failure
         finally:
-            with suppress(OSError):
+            with suppress(OSError):  # closing flushes once more; the failure has been reported already
                 self._file.close()
 
     def echo(self, text: str) -> None:

@@ -80,7 +80,7 @@ class Sampling:
         refuse_unknown("sampling option", wishes, [field.name for field in fields(cls)])
         values: dict[str, Any] = {}
         for field in fields(cls):
-            own = getattr(config, field.name, None) if config is not None else None
+            own = getattr(config, field.name, None)
             wish = wishes.get(field.name)
             if wish is not None or own is not None:
                 values[field.name] = own if wish is None else wish

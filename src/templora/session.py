@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import torch
 from transformers import LogitsProcessorList
 
 from templora.adapter import Adapter
@@ -124,8 +123,7 @@ class Session:
             return
         with fits_in_memory(self.plan):
             base_nll = self.passes.base_nll(self.ids, span) if score_base else None
-            with torch.no_grad(), self.adapter.attached():
-                nll = float(self.passes.nll(self.ids, span, self.plan.window).sum())
+            nll = self.passes.adapted_nll(self.ids, span)
         self._forget()  # what was cached just now belongs to a chunk that is still to be learned
         yield ChunkScored(span.chunk, span.start, span.tokens, nll, base_nll)
 
@@ -167,7 +165,7 @@ class Session:
             names = ", ".join(sampling_wishes)
             raise InvalidRecipe(f"sampling and {names} were both given; give one of them")
         draw = sampling or Sampling.of(self.base.model.generation_config, **sampling_wishes)
-        return self._write(Wishes.of(tokens, draw, processors, stop, stop_at_eos, score_base))
+        return self._write(Wishes(tokens, draw, processors, stop, stop_at_eos, score_base))
 
     def _write(self, wishes: Wishes) -> Iterator[Event]:
         if not self.ids:

@@ -1,4 +1,4 @@
-"""Sessions as folders, closed: find them, look into one, copy one, mend one."""
+"""Sessions as folders, closed: begin one, find them, look into one, copy one, mend one."""
 
 import os
 import shutil
@@ -11,9 +11,28 @@ from templora.errors import NotASession, OutputError, SessionDamaged
 from templora.history import History, replayed
 from templora.lock import Lock
 from templora.metrics import Tally
-from templora.versions import Version, Versions
+from templora.versions import Version, Versions, sync
 
 JOURNAL, VERSIONS, LOCK = "journal.jsonl", "versions", "lock"
+
+
+def exists(folder: Path) -> bool:
+    """Whether there is a session or translation, in whatever state."""
+    return (folder / header.NAME).exists() or (folder / JOURNAL).exists()
+
+
+def begin(folder: Path, head: header.Header) -> None:
+    """Make the folder of a new session or translation.
+
+    Raises:
+        NotASession: there is something in it. OutputError: it cannot be written.
+    """
+    line, _ = journal.sealed({"op": "begin", "header": head}, 0)
+    with appearing(folder) as part:
+        (part / JOURNAL).write_bytes(line)
+        sync(part / JOURNAL)
+        (part / VERSIONS).mkdir()
+        header.write(part, head)
 
 
 def find(folder: Path) -> list[Path]:
@@ -65,14 +84,21 @@ def summary(folder: Path) -> tuple[header.Header, int, int, Tally]:
     (head, _), adapted = header_of(folder), Tally()
     if "translation" not in head:
         head, history = look(folder)
-        for chunk in history.learned:
-            adapted.add(chunk.adapted_nll, chunk.tokens)
-        return head, len(history.ids), len(history.learned), adapted
+        return head, len(history.ids), len(history.learned), scores(history)[1]
     lines = journal.good(folder / JOURNAL).lines
     passages = [line for line in lines if line["op"] == "passage"]
     for line in passages:
         adapted.add(line["adapted_nll"], line["tokens"])
     return head, adapted.tokens, len(passages), adapted
+
+
+def scores(history: History) -> tuple[Tally, Tally]:
+    """Base and adapted NLL of all learned chunks."""
+    base, adapted = Tally(), Tally()
+    for chunk in history.learned:
+        adapted.add(chunk.adapted_nll, chunk.tokens)
+        base.add(chunk.base_nll, chunk.tokens)
+    return base, adapted
 
 
 def names(folder: Path) -> dict[int, list[str]]:

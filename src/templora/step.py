@@ -14,9 +14,9 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from templora.cache import WindowCache, WindowLayer
 from templora.probe import is_watched
+from templora.rotary import MOVING
 
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-MOVING = ("dynamic", "longrope")  # rotations that depend on the length of the text
 
 
 class Step:

@@ -15,9 +15,8 @@ from templora.events import ChunkScored
 from templora.history import GIVEN, History, replayed
 from templora.journal import Journal
 from templora.lock import Lock
-from templora.metrics import Tally
 from templora.shelf import JOURNAL, LOCK, VERSIONS
-from templora.versions import Version, Versions, sync
+from templora.versions import Version, Versions
 from templora.window import Span
 
 BUDGET = 1 << 30  # bytes that the versions of a session may take
@@ -32,7 +31,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()  # the program may go to another directory
-        if not shelf.is_session(folder):
+        if not shelf.exists(folder):
             raise NotASession(f"{folder} holds no session; begin one with: templora write --session {folder}")
         self.lock = Lock(folder / LOCK)
         try:
@@ -48,12 +47,7 @@ class Store:
         Raises:
             NotASession: there is something in it. OutputError: it cannot be written.
         """
-        line, _ = journal.sealed({"op": "begin", "header": head}, 0)
-        with shelf.appearing(folder) as part:
-            (part / JOURNAL).write_bytes(line)
-            sync(part / JOURNAL)
-            (part / VERSIONS).mkdir()
-            header.write(part, head)
+        shelf.begin(folder, head)
         return cls(folder)
 
     def _open(self) -> None:
@@ -144,8 +138,11 @@ class Store:
         keep = history.before(start, least)
         rest, whole = history.after(end, keep), history.text.getvalue()
         new = whole[history.end(keep) : start] + text + whole[end : history.end(rest)]
-        runs = [(GIVEN, *_run(new, encoded))] if new else []
-        self._note({"op": "edit", "tokens": keep, "runs": [*runs, *history.runs(rest)]})
+        runs = history.runs(rest)
+        if new:
+            ids, sizes = encoded(new)
+            runs.insert(0, (GIVEN, ids, new, sizes))
+        self._note({"op": "edit", "tokens": keep, "runs": runs})
 
     # Moving in history.
 
@@ -235,7 +232,7 @@ class Store:
         Raises:
             OSError: it could not be written.
         """
-        base, adapted = scores(self.history)
+        base, adapted = shelf.scores(self.history)
         version = Version(
             number=self.versions.next_number(),
             ancestors=[v.number for v in self.usable()],
@@ -268,18 +265,3 @@ class Store:
         self.journal.append(line, self.history.apply, sync=sync)
         if not keep_redo:
             self.redoable.clear()
-
-
-def scores(history: History) -> tuple[Tally, Tally]:
-    """Base and adapted NLL of all learned chunks."""
-    base, adapted = Tally(), Tally()
-    for chunk in history.learned:
-        adapted.add(chunk.adapted_nll, chunk.tokens)
-        if chunk.base_nll is not None:
-            base.add(chunk.base_nll, chunk.tokens)
-    return base, adapted
-
-
-def _run(text: str, encoded: Encoder) -> tuple[list[int], str, list[int]]:
-    ids, sizes = encoded(text)
-    return ids, text, sizes

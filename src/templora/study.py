@@ -195,12 +195,9 @@ class Study:
         few = ids[max(span.visible, span.start - GLANCE) : span.stop]
         return _Seen(few, span.tokens, self.passes.again(few, span.tokens))
 
-    @torch.no_grad()
     def _helps(self, ids: Sequence[int], span: Span, score: float) -> bool:
         """Whether the updated adapter does no worse on this chunk, and on the one before, than unlearned."""
-        with self.adapter.attached():
-            now = float(self.passes.nll(ids, span, self.passes.window).sum())
-        if not now <= score + SLACK * span.tokens:
+        if not self.passes.adapted_nll(ids, span) <= score + SLACK * span.tokens:
             return False
         last = self._last
         return last is None or self.passes.again(last.ids, last.tokens) <= last.nll + SLACK * last.tokens

@@ -114,8 +114,8 @@ class Versions:
         """Size on disk."""
         return sum(path.stat().st_size for path in self.path(number).iterdir())
 
-    def thin(self, pinned: Iterable[int], budget: int) -> list[int]:
-        """Remove versions that `kept` does not keep, then the oldest until they fit; returns which.
+    def thin(self, pinned: Iterable[int], budget: int) -> None:
+        """Remove versions that `kept` does not keep, then the oldest until they fit.
 
         pinned: never removed. budget: bytes that all versions together may take; the newest stays anyhow.
         """
@@ -126,10 +126,9 @@ class Versions:
         for number in keep[:-1]:
             if sum(sizes.values()) > budget and number not in pinned:
                 del sizes[number]
-        gone = [number for number in numbers if number not in sizes]
-        for number in gone:
-            self.remove(number)
-        return gone
+        for number in numbers:
+            if number not in sizes:
+                self.remove(number)
 
     def _read(self, path: Path) -> Version | None:
         try:
@@ -145,19 +144,18 @@ def _manifest(folder: Path) -> dict[str, str]:
 
 
 class Pace:
-    """When to make the next version: so rarely that saving takes at most `share` of the time.
+    """When to make the next version: so rarely that saving takes at most SHARE of the time.
 
-    So going back takes at most 1 / share times as long as a save.
+    So going back takes at most 1 / SHARE times as long as a save.
     """
 
-    def __init__(self, share: float = SHARE) -> None:
-        self.share = share
+    def __init__(self) -> None:
         self._ended, self._took = perf_counter(), FIRST
 
     @property
     def due(self) -> bool:
         """Whether enough time has passed since the last one."""
-        return perf_counter() - self._ended >= self._took / self.share
+        return perf_counter() - self._ended >= self._took / SHARE
 
     @contextmanager
     def saving(self) -> Generator[None]:

@@ -6,7 +6,7 @@ window is not made again for each few tokens.
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from statistics import median
 from time import perf_counter
@@ -105,11 +105,8 @@ def _measure(
 
 
 def _middle(runs: Sequence[Cost]) -> Cost:
-    first = runs[0]
-    scoring_, writing, peak = (
-        median(getattr(run, name) for run in runs) for name in ("scoring", "writing", "peak_mb")
-    )
-    return Cost(first.window, first.adapter, first.perplexity, scoring_, writing, peak)
+    names = ("scoring", "writing", "peak_mb")
+    return replace(runs[0], **{name: median(getattr(run, name) for run in runs) for name in names})
 
 
 def _line(row: Cost) -> str:

@@ -4,7 +4,7 @@ Teacher-forced: references fill the context and are learned, which is the post-e
 measures. Free: the model's own output fills the context and is learned.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from templora.bench.tables import table
 from templora.errors import InvalidText
 from templora.events import ChunkScored, PassageTranslated
 from templora.formats.guofeng import Excerpt, read
-from templora.metrics import Tally, perplexity
+from templora.metrics import Tally, count, perplexity
+from templora.recipe import Recipe
 from templora.tasks.translate import Passage, Translator
 from templora.template import load
 
@@ -94,16 +95,16 @@ def _excerpts(start: Path) -> list[Excerpt]:
     return next((read(file) for file in files if file.exists()), [])
 
 
-def run(
-    base: Base, work: Work, recipe: Any, pairs: int, *, free: bool, drafts: bool, **sizes: Any
-) -> Iterator[Outcome]:
-    """Go through a work; yields the same outcome, which grows, after each passage.
+def measure(
+    base: Base, work: Work, recipe: Recipe, pairs: int, *, free: bool, drafts: bool, seed: int
+) -> Outcome:
+    """Go through a work.
 
     Args:
         pairs: K, earlier pairs in the prompt. free: learn the model's own output instead of the references.
-        drafts: translate the last passages. sizes: seed and recipe keys.
+        drafts: translate the last passages.
     """
-    session = base.session(recipe, **sizes)
+    session = base.session(recipe, seed=seed)
     translator = Translator(session, load("auto", base, "zh", "en"), pairs)
     outcome = Outcome(work.name, pairs, free)
     first_last = len(work.train)
@@ -118,15 +119,7 @@ def run(
                 outcome.drafts.append(event.draft)
                 outcome.sources.append(excerpt.source)
                 outcome.references.append(excerpt.target)
-        yield outcome
     session.discard()
-
-
-def measure(
-    base: Base, work: Work, recipe: Any, pairs: int, *, free: bool, drafts: bool, seed: int
-) -> Outcome:
-    """`run`, to the end."""
-    *_, outcome = run(base, work, recipe, pairs, free=free, drafts=drafts, seed=seed)
     return outcome
 
 
@@ -180,20 +173,13 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
 
 def line(outcome: Outcome) -> str:
     """One line for the screen."""
-    base, adapted = (sums.perplexity for sums in tally(outcome))
+    sums = Tally(), Tally()
+    for event in outcome.scored:
+        count(event, *sums)
+    base, adapted = (each.perplexity for each in sums)
     figures = "nothing was written" if base is None else f"perplexity base {base:.2f}, adapter {adapted:.2f}"
     learned = "own output" if outcome.free else "references"
     return f"{outcome.work}, K = {outcome.pairs}, {learned}: {figures}"
-
-
-def tally(outcome: Outcome) -> tuple[Tally, Tally]:
-    """Base and adapted, over all passages."""
-    base, adapted = Tally(), Tally()
-    for event in outcome.scored:
-        adapted.add(event.adapted_nll, event.tokens)
-        if event.base_nll is not None:
-            base.add(event.base_nll, event.tokens)
-    return base, adapted
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:

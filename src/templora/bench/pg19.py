@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from templora.bench.tables import LENGTHS, PAPERS, STEPS, by_length, by_position, markdown
-from templora.metrics import Tally
+from templora.bench.tables import LENGTHS, PAPERS, STEPS, by_length, by_position, markdown, sums
+from templora.metrics import change
 from templora.window import FIRST_TARGET
 
 
@@ -33,14 +33,9 @@ def quarters(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _change(entry: dict[str, Any], low: float, high: float) -> float | None:
-    base, adapted = Tally(), Tally()
-    for chunk in entry["chunks"]:
-        if low <= (chunk["start"] - FIRST_TARGET) / entry["tokens"] < high:
-            base.add(chunk["base_nll"], chunk["tokens"])
-            adapted.add(chunk["adapted_nll"], chunk["tokens"])
-    if base.perplexity is None or adapted.perplexity is None:
-        return None
-    return adapted.perplexity / base.perplexity - 1
+    share = lambda chunk: (chunk["start"] - FIRST_TARGET) / entry["tokens"]  # noqa: E731
+    base, adapted = sums(c for c in entry["chunks"] if low <= share(c) < high)
+    return change(base.perplexity, adapted.perplexity)
 
 
 def books(folder: Path) -> list[Path]:

@@ -1,14 +1,12 @@
 """The JSON result of scoring one document: what was measured, with what, on what."""
 
-import platform
 import resource
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from templora import __version__
+from templora.header import software
 from templora.session import Session
 from templora.tasks.score import Scores
 
@@ -17,7 +15,8 @@ PACKAGES = ("torch", "transformers", "peft")
 
 def result(document: str, scores: Scores, session: Session, seconds: float) -> dict[str, Any]:
     """One document's result; NLL in nats per token, seconds of wall clock, peak memory in MiB."""
-    entry: dict[str, Any] = {
+    found = software()
+    return {
         "document": document,
         "tokens": scores.adapted.tokens,
         "base": _measures(scores, "base"),
@@ -32,11 +31,10 @@ def result(document: str, scores: Scores, session: Session, seconds: float) -> d
             "recipe": session.recipe.model_dump(mode="json"),
             "positions": session.base.positions,
         },
-        "versions": versions(),
+        "versions": {name: found[name] for name in ("templora", *PACKAGES, "python")},
         "git": git_commit(),
         "seed": session.seed,
     }
-    return entry
 
 
 def _measures(scores: Scores, which: str) -> dict[str, float | None] | None:
@@ -59,12 +57,6 @@ def peak_mb() -> float:
             return int(line.split()[1]) / 1024
     unit = 2**20 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def versions() -> dict[str, str]:
-    """Of everything that can change a number."""
-    others = {name: version(name) for name in PACKAGES}
-    return {"templora": __version__, **others, "python": platform.python_version()}
 
 
 def git_commit() -> str | None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from templora.metrics import Tally
+from templora.metrics import Tally, change
 
 # 20K steps show how the gain grows; the wide bins are the paper's.
 STEPS = tuple((start, start + 20_000) for start in range(0, 200_000, 20_000))
@@ -16,14 +16,14 @@ Bin = tuple[int, int | None]
 def by_position(results: Iterable[dict[str, Any]], bins: Sequence[Bin]) -> list[tuple[Bin, Tally, Tally]]:
     """Base and adapted sums of all chunks that start in each bin, over all documents."""
     chunks = [chunk for entry in results for chunk in entry["chunks"]]
-    return [(span, *_sums(c for c in chunks if _within(c["start"], span))) for span in bins]
+    return [(span, *sums(c for c in chunks if _within(c["start"], span))) for span in bins]
 
 
 def by_length(results: Iterable[dict[str, Any]], bins: Sequence[Bin]) -> list[tuple[Bin, Tally, Tally]]:
     """Base and adapted sums of all documents whose length falls in each bin."""
     entries = list(results)
     return [
-        (span, *_sums(c for e in entries if _within(e["tokens"], span) for c in e["chunks"])) for span in bins
+        (span, *sums(c for e in entries if _within(e["tokens"], span) for c in e["chunks"])) for span in bins
     ]
 
 
@@ -31,12 +31,12 @@ def _within(value: int, span: Bin) -> bool:
     return span[0] <= value and (span[1] is None or value < span[1])
 
 
-def _sums(chunks: Iterable[dict[str, Any]]) -> tuple[Tally, Tally]:
+def sums(chunks: Iterable[dict[str, Any]]) -> tuple[Tally, Tally]:
+    """Base and adapted sums of these chunks."""
     base, adapted = Tally(), Tally()
     for chunk in chunks:
         adapted.add(chunk["adapted_nll"], chunk["tokens"])
-        if chunk["base_nll"] is not None:
-            base.add(chunk["base_nll"], chunk["tokens"])
+        base.add(chunk["base_nll"], chunk["tokens"])
     return base, adapted
 
 
@@ -72,6 +72,5 @@ def _number(value: float | None) -> str:
 
 
 def _change(base: Tally, adapted: Tally) -> str:
-    if base.perplexity is None or adapted.perplexity is None:
-        return "–"
-    return f"{100 * (adapted.perplexity / base.perplexity - 1):+.1f} %"
+    fraction = change(base.perplexity, adapted.perplexity)
+    return "–" if fraction is None else f"{100 * fraction:+.1f} %"

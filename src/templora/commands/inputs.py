@@ -3,7 +3,7 @@
 import lzma
 from logging import ERROR, getLogger
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from templora import recipe
 from templora.errors import InvalidText
@@ -11,20 +11,23 @@ from templora.recipe import Recipe
 
 if TYPE_CHECKING:
     from templora.base import Base
-    from templora.sampling import Sampling
-    from templora.session import Session
 
 
 def load_base(model: str, dtype: str | None, device: str | None) -> "Base":
-    """A base by name; transformers' own chatter is switched off."""
-    from transformers.utils import logging
-
+    """A base by name."""
     from templora.base import load
+
+    hush()
+    return load(model, dtype=dtype, device=device)
+
+
+def hush() -> None:
+    """Switch off what transformers and the hub say by themselves, before a base is loaded."""
+    from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     getLogger("huggingface_hub").setLevel(ERROR)  # it tells of each retry
-    return load(model, dtype=dtype, device=device)
 
 
 def load_recipe(name: str, pairs: list[str], sizes: dict[str, int | None]) -> Recipe:
@@ -45,13 +48,6 @@ def translation_sizes(
     first = first if window is None else window
     sizes = {"window": first, "context": first, "chunk": half if chunk is None else chunk}
     return {k: v for k, v in sizes.items() if named.get(k) is not None or k not in recipe.fixed}
-
-
-def sampling_for(session: "Session", wishes: dict[str, Any]) -> "Sampling":
-    """How to draw: the wishes over the base's own generation config."""
-    from templora.sampling import Sampling
-
-    return Sampling.of(session.base.model.generation_config, **wishes)
 
 
 def text_of(path: Path) -> str:

@@ -1,8 +1,7 @@
 """A session in a folder, for commands: continued where there is one, begun where there is none."""
 
 import shlex
-from collections.abc import Collection, Generator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from templora import header, shelf
-from templora.commands.inputs import load_base, load_recipe
+from templora.commands.inputs import hush, load_base, load_recipe
 from templora.commands.running import say
 from templora.errors import InvalidRecipe
 from templora.recipe import SIZES
@@ -58,11 +57,6 @@ def repeated(context: typer.Context, names: Collection[str]) -> str:
         for one in value if isinstance(value, list) else [value]:  # pyright: ignore[reportUnknownVariableType]
             words += [option.opts[0], shlex.quote(str(one))]  # pyright: ignore[reportUnknownArgumentType]
     return "".join(f" {word}" for word in words)
-
-
-def exists(folder: Path) -> bool:
-    """Whether there is a session, in whatever state."""
-    return shelf.is_session(folder)
 
 
 def begun(wanted: Wanted, folder: Path | None = None) -> "Session":
@@ -122,16 +116,6 @@ def _other(folder: Path, wanted: Wanted) -> list[str]:
     return [name for name in asked if not same.get(name, as_begun)]
 
 
-@contextmanager
-def closing_session(session: "Session") -> Generator[None]:
-    """Close it afterwards if it is on disk."""
-    try:
-        yield
-    finally:
-        if hasattr(session, "close"):
-            session.close()  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
-
-
 def opened(folder: Path, wanted: Wanted) -> "DurableSession":
     """The session in that folder, or a new one.
 
@@ -140,17 +124,14 @@ def opened(folder: Path, wanted: Wanted) -> "DurableSession":
     """
     from templora.durable import DurableSession, resume
 
-    if not exists(folder):
+    if not shelf.exists(folder):
         made = begun(wanted, folder)
         assert isinstance(made, DurableSession)
         return made
     if settled := _other(folder, wanted):
         names = ", ".join(f"--{name.rstrip('_')}" for name in settled)
         raise InvalidRecipe(f"{folder} exists and keeps what it was begun with; leave out {names}")
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    hush()
     name = wanted.model if "model" in wanted.given else None
     session = resume(folder, device=wanted.device, name=name)
     if "seed" in wanted.given and wanted.seed != session.sampler.seed:

@@ -11,7 +11,7 @@ import typer
 
 from templora.commands.inputs import load_base, load_recipe, text_of
 from templora.commands.opening import Wanted
-from templora.commands.running import INTERRUPTED, interruptible, make_folder, say
+from templora.commands.running import INTERRUPTED, compared, interruptible, make_folder, say
 from templora.errors import InvalidRecipe, InvalidText, OutputError
 
 if TYPE_CHECKING:
@@ -150,11 +150,7 @@ def _summary(end: "End") -> str:
     line = f"{end.tokens:,} tokens"
     if not (end.adapted_perplexity and end.base_perplexity):
         return line
-    change = 100 * (end.adapted_perplexity / end.base_perplexity - 1)
-    return (
-        f"{line}, perplexity base {end.base_perplexity:.2f}, "
-        f"adapter {end.adapted_perplexity:.2f} ({change:+.1f} %)"
-    )
+    return f"{line}, perplexity {compared(end.base_perplexity, end.adapted_perplexity)}"
 
 
 def _from_json(line: str, name: str, place: str) -> tuple[str, str]:

@@ -19,6 +19,11 @@ def say(line: str) -> None:
     typer.echo(line, err=True)
 
 
+def compared(base: float, adapted: float) -> str:
+    """Two perplexities and the change from one to the other."""
+    return f"base {base:.2f}, adapter {adapted:.2f} ({100 * (adapted / base - 1):+.1f} %)"
+
+
 def make_folder(path: Path, option: str) -> None:
     """See that there is a folder, as the user asked with that option.
 

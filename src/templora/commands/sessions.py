@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from templora.commands.opening import exists
 from templora.commands.running import one_line_errors, say
 from templora.errors import InvalidRecipe, InvalidText, NotASession, OutputError, TemploraError
 
@@ -238,18 +237,19 @@ def rm(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Delete sessions, text and all."""
+    from templora import shelf
     from templora.lock import Lock
 
     with one_line_errors():
         for folder in folders:
-            if not exists(folder):
+            if not shelf.exists(folder):
                 raise NotASession(f"{folder} holds no session; nothing was deleted")
         names = ", ".join(map(str, folders))
         if not yes and not typer.confirm(f"Delete {names}, text and all?", err=True):
             say("nothing was deleted")
             raise typer.Exit(1)
         for folder in dict.fromkeys(folders):
-            Lock(folder / "lock").release()
+            Lock(folder / shelf.LOCK).release()
             try:
                 shutil.rmtree(folder)
             except OSError as error:

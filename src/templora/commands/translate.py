@@ -2,7 +2,7 @@
 
 import shlex
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -11,11 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from templora import shelf
 from templora.commands.inputs import load_base, load_recipe, translation_sizes
-from templora.commands.opening import exists
 from templora.commands.options import Device, Dtype, Model, Pairs, RecipeName
 from templora.commands.reviewing import Folder, ask, terms_of
-from templora.commands.running import INTERRUPTED, interruptible, make_folder, one_line_errors, say
+from templora.commands.running import (
+    INTERRUPTED,
+    compared,
+    interruptible,
+    make_folder,
+    one_line_errors,
+    say,
+)
 from templora.errors import InvalidRecipe, InvalidText, OutputError, TemploraError
 
 if TYPE_CHECKING:
@@ -72,7 +79,7 @@ def translate(
         folder = session or out.with_name(f"{out.name}.session")
         # A source that is not there is the reader's to complain about.
         is_source = out.exists() and source.exists() and out.samefile(source)
-        if is_source or (out.exists() and not exists(folder)):
+        if is_source or (out.exists() and not shelf.exists(folder)):
             raise OutputError(f"{out} exists and is never overwritten; choose another --out")
         if out.absolute() in [place.absolute() for place in (folder, corrections) if place]:
             raise OutputError(f"{out} cannot be a folder as well; choose another --out")
@@ -113,15 +120,14 @@ def translate(
         }
         job = _Job(source, out, parts, given, Folder(corrections) if corrections else None, quiet)
         if job.corrections:
-            job.corrections.check(parts, begun=exists(folder))
+            job.corrections.check(parts, begun=shelf.exists(folder))
         ledger = _opened(folder, translator, settings)
         stack.callback(ledger.close)
         job.check(ledger)
         ledger.writes_to(out)
         interrupted = stack.enter_context(interruptible())
         try:
-            for _ in job.run(ledger, translator, interrupted):
-                pass
+            job.run(ledger, translator, interrupted)
         except BaseException:
             with suppress(TemploraError):  # what went wrong first is what is said
                 _write(job, document, ledger, (from_, to))
@@ -143,9 +149,8 @@ class _Job:
     corrections: Folder | None
     quiet: bool
 
-    def run(self, ledger: "Ledger", translator: "Translator", interrupted: list[int]) -> Iterator[None]:
+    def run(self, ledger: "Ledger", translator: "Translator", interrupted: list[int]) -> None:
         """Passage after passage, until all are done or someone asks to stop."""
-        from templora.events import ChunkScored
         from templora.metrics import Tally, count
         from templora.report import ScoreStatus
         from templora.tasks.translate import Passage
@@ -176,19 +181,16 @@ class _Job:
                     return
                 _warn(events)
                 for event in events:
-                    if isinstance(event, ChunkScored):
-                        count(event, base, adapted)
+                    count(event, base, adapted)
                 record = ledger.records[-1]
                 if not self.quiet:
                     typer.echo(record.target + "\n")
                 if self.corrections:
                     self.corrections.store(len(ledger.records) - 1, record)
                 status.passages(len(ledger.records), len(self.parts), base, adapted)
-                yield
         _warn(ledger.save(translator))
         if adapted.perplexity and base.perplexity:
-            change = 100 * (adapted.perplexity / base.perplexity - 1)
-            say(f"perplexity base {base.perplexity:.2f}, adapter {adapted.perplexity:.2f} ({change:+.1f} %)")
+            say(f"perplexity {compared(base.perplexity, adapted.perplexity)}")
 
     def _reference(self, part: "Block", number: int) -> str | None:
         """The given translation of a passage, a line a segment; None: it must be drafted."""
@@ -231,7 +233,7 @@ def _opened(folder: Path, translator: "Translator", settings: dict[str, Any]) ->
 
     session = translator.session
     described = session.base.describe()
-    if not exists(folder):
+    if not shelf.exists(folder):
         head = header.made(described, session.recipe, session.seed, BUDGET)
         return Ledger.create(folder, head, settings)
     ledger = Ledger(folder)
@@ -262,7 +264,7 @@ def _write(job: _Job, document: "Document", ledger: "Ledger", languages: tuple[s
     lines = assembled(job.parts, targets, len(document.segments), languages[1])
     whole = document.translated(lines, *languages)
     ready = partial(ledger.writes, job.out)
-    bilingual.write(job.out, whole, job.source, overwrite=True, ready=ready)
+    bilingual.write(job.out, whole, job.source, ready=ready)
     place = shlex.quote(str(job.out))
     say(f"{len(targets)} of {len(job.parts)} passages are in {place}; the session is {ledger.folder}")
 

@@ -11,22 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from templora.commands.inputs import decoded, sampling_for, text_of
-from templora.commands.opening import (
-    Wanted,
-    begun,
-    behind,
-    closing_session,
-    exists,
-    given,
-    has_read,
-    opened,
-    repeated,
-    unread,
-)
+from templora import shelf
+from templora.commands.inputs import decoded, text_of
+from templora.commands.opening import Wanted, begun, behind, given, has_read, opened, repeated, unread
 from templora.commands.options import Context, Device, Dtype, Model, Pairs, RecipeName, Window
 from templora.commands.prompts import write_all
-from templora.commands.running import INTERRUPTED, interruptible, one_line_errors, say
+from templora.commands.running import INTERRUPTED, compared, interruptible, one_line_errors, say
 from templora.errors import InvalidRecipe, InvalidText
 
 if TYPE_CHECKING:
@@ -123,7 +113,7 @@ def write(
             )
         if parallel and session is not None:
             raise InvalidRecipe("a session on disk learns in turn; leave out --parallel or --session")
-        goes_on = bool(read) or (session is not None and exists(session))
+        goes_on = bool(read) or (session is not None and shelf.exists(session))
         opening = _opening(prompt, prompt_file, goes_on)
         texts = {path: text_of(path) for path in read or []}
         path = out
@@ -132,13 +122,15 @@ def write(
         append = path is not None and any(path.exists() and path.samefile(r) for r in read or [])
         within = path is not None and session in path.parents  # a folder that may not be there yet
         _refuse_early(None if within else path, append, stop or (), sampling)
+        from templora.sampling import Sampling
+
         made = begun(wanted) if session is None else opened(session, wanted)
-        with closing_session(made):
+        with made:
             wishes = {
                 "stop": stop or (),
                 "stop_at_eos": stop_at_eos,
                 "score_base": base,
-                "sampling": sampling_for(made, sampling),
+                "sampling": Sampling.of(made.base.model.generation_config, **sampling),
             }
             again = repeated(context_, HOW if session else HOW | OF_SESSION)
             origin = "" if prompt_file is None else f" --prompt-file {shlex.quote(str(prompt_file))}"
@@ -225,7 +217,7 @@ def _refuse_early(path: Path | None, append: bool, stop: Sequence[str], sampling
     if path is not None:
         with TextFile(path, append=append):  # nothing is left of the try
             pass
-    Wishes.of(0, Sampling.of(None, **sampling), None, stop, False, False)
+    Wishes(0, Sampling.of(None, **sampling), None, stop, False, False)
 
 
 def _write(job: _Job, *, json: bool, quiet: bool) -> None:
@@ -258,11 +250,8 @@ def _write(job: _Job, *, json: bool, quiet: bool) -> None:
 def _closing_lines(job: _Job, end: "End | None") -> None:
     """Where the text is, what the adapter was worth, and how to go on; to stderr."""
     if end and end.adapted_perplexity and end.base_perplexity:
-        change = 100 * (end.adapted_perplexity / end.base_perplexity - 1)
-        say(
-            f"perplexity of {end.scored_tokens:,} tokens: base {end.base_perplexity:.2f}, "
-            f"adapter {end.adapted_perplexity:.2f} ({change:+.1f} %)"
-        )
+        change = compared(end.base_perplexity, end.adapted_perplexity)
+        say(f"perplexity of {end.scored_tokens:,} tokens: {change}")
     if job.folder is None and job.is_empty:
         say("nothing was written" if end else "interrupted before anything was written")
     else:

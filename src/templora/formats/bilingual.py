@@ -1,17 +1,17 @@
 """Files of segments, with or without translations: plain text, TSV, TMX, XLIFF, EPUB; in, and out again."""
 
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from templora.errors import InvalidText, OutputError
-from templora.formats import book, side_by_side, units
+from templora.formats import book, epub_pages, side_by_side, units
 from templora.formats.extra import needed
 
 TOOLKIT = {".tmx": ("tmx", "tmxfile"), ".xlf": ("xliff", "xlifffile"), ".xliff": ("xliff", "xlifffile")}
-XML_LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
 Languages = tuple[str | None, str | None]  # of the source, of the target
 # What would be plain text under the name of something else.
 NO_TEXT = frozenset((".docx", ".doc", ".odt", ".rtf", ".pdf", ".mobi", ".azw3", ".xz", ".gz", ".bz2", ".zip"))
@@ -64,8 +64,6 @@ def read(path: Path, languages: Languages = (None, None)) -> Document:
     """
     suffix = path.suffix.lower()
     if suffix == ".epub":
-        from templora.formats import epub_pages
-
         return Document([Segment(text) for text in epub_pages.read(path)])
     if suffix in TOOLKIT:
         return _from_toolkit(path, languages)
@@ -82,7 +80,6 @@ def write(
     document: Document,
     original: Path,
     *,
-    overwrite: bool = False,
     ready: Callable[[Path], None] | None = None,
 ) -> None:
     """A document as the kind of file that the name says; it appears whole or not at all.
@@ -93,10 +90,8 @@ def write(
         ready: is shown the whole file before it takes its name.
 
     Raises:
-        OutputError: it exists and may not be overwritten, or it cannot be written, or not as this kind.
+        OutputError: it cannot be written, or not as this kind.
     """
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists; choose another name")
     part = _part(path)
     try:
         _writer(path, original)(part, document, original)
@@ -157,8 +152,6 @@ def _text(path: Path, text: str) -> None:
 
 
 def _epub(path: Path, document: Document, original: Path) -> None:
-    from templora.formats import epub_pages
-
     _check_unchanged(original, document, epub_pages.read(original))
     epub_pages.write(path, original, [segment.target for segment in document.segments], document.languages[1])
 
@@ -172,15 +165,12 @@ def _row(line: str, path: Path) -> Segment:
 
 def _tabbed(segment: Segment) -> str:
     cells = (segment.source, segment.target or "")
-    return "\t".join("".join(ESCAPES.get(c, c) for c in cell) for cell in cells)
+    return "\t".join(cell.translate(str.maketrans(ESCAPES)) for cell in cells)
 
 
 def _unescaped(cell: str) -> str:
-    pieces = cell.split("\\\\")
-    for escaped in "tnr":
-        plain = {"t": "\t", "n": "\n", "r": "\r"}[escaped]
-        pieces = [piece.replace(f"\\{escaped}", plain) for piece in pieces]
-    return "\\".join(pieces)
+    plain = {escaped: character for character, escaped in ESCAPES.items()}
+    return re.sub(r"\\[\\tnr]", lambda found: plain[found[0]], cell)
 
 
 def _store(path: Path, asked: Languages = (None, None)) -> Any:
@@ -204,7 +194,7 @@ def _store(path: Path, asked: Languages = (None, None)) -> Any:
 def _take(store: Any, asked: Languages) -> None:
     """These languages, as the file spells them: with a region, say. Neither, if that source is not there."""
     nodes = (node for unit in store.units for node in unit.getlanguageNodes())
-    there = list(dict.fromkeys(node.get(XML_LANGUAGE) or "" for node in nodes))
+    there = list(dict.fromkeys(node.get(epub_pages.XML_LANGUAGE) or "" for node in nodes))
     source, target = (_spelled(language, there, asked) for language in asked)
     if asked[0] and not source:
         return
@@ -253,11 +243,11 @@ def _with_toolkit(path: Path, suffix: str, document: Document, original: Path) -
     kind = getattr(needed(f"translate.storage.{module}", f"writing {suffix} files", "translate"), name)
     store = kind(sourcelanguage=source, targetlanguage=target)
     for number, segment in enumerate(document.segments, 1):
-        unit = store.addsourceunit(units.printable(segment.source))
+        unit = store.addsourceunit(epub_pages.printable(segment.source))
         if hasattr(unit, "setid"):
             unit.setid(str(number))
         if segment.target:
-            unit.settarget(units.printable(segment.target), target or "und")
+            unit.settarget(epub_pages.printable(segment.target), target or "und")
             if module == "xliff":
                 unit.markreviewneeded()  # no person has approved it
     content = bytes(store)

@@ -88,6 +88,11 @@ def write(path: Path, original: Path, targets: Sequence[str | None], language: s
                 out.writestr(info, content, info.compress_type)
 
 
+def printable(text: str) -> str:
+    """Without the characters that XML cannot hold."""
+    return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]", "", text)
+
+
 def _opened(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
@@ -274,7 +279,7 @@ def _replace(element: Any, text: str) -> Any:
     marks = [i.get("id") for i in inside if i.get("id") and i not in pictures and id(i) not in of_kept]
     for inner in list(element):
         element.remove(inner)
-    element.text = re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]", "", text)
+    element.text = printable(text)
     for mark in marks:
         element.append(_made(element, "span"))
         element[-1].set("id", mark)

@@ -1,4 +1,4 @@
-"""The GuoFeng set: a work as passages of sentence pairs, each with the pairs before it."""
+"""The GuoFeng set: a work as passages of sentence pairs."""
 
 import json
 from dataclasses import dataclass
@@ -13,10 +13,9 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Excerpt:
-    """One passage: pairs of (Chinese, English) sentences. context: the pairs of the k passages before it."""
+    """One passage: pairs of (Chinese, English) sentences."""
 
     pairs: list[Pair]
-    context: dict[int, list[Pair]]
 
     @property
     def source(self) -> str:
@@ -37,13 +36,7 @@ def read(path: Path) -> list[Excerpt]:
     """
     try:
         found: Any = json.loads(plain(path).text)
-        return [
-            Excerpt(
-                _pairs(item["inference"]),
-                {int(name.removeprefix("k")): _pairs(pairs) for name, pairs in item["contexts"].items()},
-            )
-            for item in found
-        ]
+        return [Excerpt(_pairs(item["inference"])) for item in found]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidText(f"{path} is not a GuoFeng file ({error!r}); it holds a list of passages") from error
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from templora.formats.epub_pages import printable
 from templora.formats.extra import needed
 
 # What they hold is markup of the file that the text was taken from, no words.
@@ -107,8 +108,3 @@ def _held(node: Any) -> Any:
 
 def _local(element: Any) -> str:
     return element.tag.rpartition("}")[2] if isinstance(element.tag, str) else ""
-
-
-def printable(text: str) -> str:
-    """Without the characters that XML cannot hold."""
-    return re.sub("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\ud800-\\udfff\\ufffe\\uffff]", "", text)

@@ -37,8 +37,7 @@ def scoring(
             yield from _let_go(batch)
         if not batch.texts:
             return
-        for text, events in batch.finish_chunks(score_base=score_base):
-            yield from ((text, event) for event in events)
+        yield from batch.finish_chunks(score_base=score_base)
         yield from _let_go(batch)
 
 
@@ -104,7 +103,7 @@ def write_batch(
         InvalidText: a prompt is empty, or one string was given in place of several.
     """
     sampling = sampling or Sampling.of(base.model.generation_config)
-    wishes = Wishes.of(tokens, sampling, None, stop, stop_at_eos, score_base)
+    wishes = Wishes(tokens, sampling, None, stop, stop_at_eos, score_base)
     return _numbered(Batch(base, recipe, size=size, **overrides), _several(prompts), wishes, seed)
 
 
@@ -154,8 +153,7 @@ def reading(batch: Batch, group: Sequence[Text], *, score_base: bool) -> Iterato
                 batch.join(text)
                 yield from ((text, event) for event in text.announcements())
         if left:
-            for text, events in batch.finish_chunks(score_base=score_base):
-                yield from ((text, event) for event in events)
+            yield from batch.finish_chunks(score_base=score_base)
 
 
 def going_on(batch: Batch, wishes: Wishes) -> Iterator[tuple[Text, Event]]:
@@ -172,10 +170,9 @@ def _writing(batch: Batch, score_base: bool) -> Iterator[tuple[Text, Event]]:
     yield from _ends(batch, [text for text in batch.texts if not text.is_full])
     if not batch.texts:
         return
-    for text, events in batch.finish_chunks(score_base=score_base):
-        for event in events:
-            text.pen.count(event)
-            yield text, event
+    for text, event in batch.finish_chunks(score_base=score_base):
+        text.pen.count(event)
+        yield text, event
     yield from _ends(batch, [text for text in batch.texts if text.pen.done])
 
 

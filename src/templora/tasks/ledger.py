@@ -23,7 +23,7 @@ from templora.metrics import Tally
 from templora.recipe import Recipe
 from templora.sampling import Sampler
 from templora.tasks.translate import Passage, Translated, Translator
-from templora.versions import Pace, Version, Versions, checksum, sync
+from templora.versions import Pace, Version, Versions, checksum
 
 
 class Ledger:
@@ -67,13 +67,7 @@ class Ledger:
         Raises:
             NotASession: there is something in the folder. OutputError: it cannot be written.
         """
-        head = {**head, "translation": settings}
-        line, _ = journal.sealed({"op": "begin", "header": head}, 0)
-        with shelf.appearing(folder) as part:
-            (part / shelf.JOURNAL).write_bytes(line)
-            sync(part / shelf.JOURNAL)
-            (part / shelf.VERSIONS).mkdir()
-            header.write(part, head)
+        shelf.begin(folder, {**head, "translation": settings})
         return cls(folder)
 
     def check(self, base: dict[str, Any], settings: dict[str, Any], recipe: Recipe, seed: int) -> None:
@@ -217,8 +211,7 @@ class Ledger:
             )
             self.draws.append(line["draws"])
             self._adapted.add(line["adapted_nll"], line["tokens"])
-            if line["base_nll"] is not None:
-                self._base.add(line["base_nll"], line["tokens"])
+            self._base.add(line["base_nll"], line["tokens"])
         elif line["op"] == "out":
             known = self._outs.setdefault(line["name"], set())
             if "digest" in line:

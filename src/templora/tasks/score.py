@@ -11,7 +11,7 @@ from typing import Any
 from templora.base import Base
 from templora.errors import InvalidText
 from templora.events import ChunkLearned, ChunkScored, ChunkSkipped, Event, RolledBack, Warned
-from templora.metrics import Tally, perplexity
+from templora.metrics import Tally, change, count, perplexity
 from templora.session import Session
 from templora.window import FIRST_TARGET
 
@@ -40,9 +40,7 @@ class Scores:
     def take(self, event: Event) -> None:
         """Add what the event tells."""
         if isinstance(event, ChunkScored):
-            self.adapted.add(event.adapted_nll, event.tokens)
-            if event.base_nll is not None:
-                self.base.add(event.base_nll, event.tokens)
+            count(event, self.base, self.adapted)
             self.chunks.append(
                 {
                     "start": event.start,
@@ -65,8 +63,7 @@ class Scores:
         """Take over the chunks of a run that was stopped."""
         for chunk in chunks:
             self.adapted.add(chunk["adapted_nll"], chunk["tokens"])
-            if chunk["base_nll"] is not None:
-                self.base.add(chunk["base_nll"], chunk["tokens"])
+            self.base.add(chunk["base_nll"], chunk["tokens"])
         self.chunks = list(chunks)
 
     @property
@@ -82,9 +79,7 @@ class Scores:
     @property
     def change(self) -> float | None:
         """Adapted perplexity against the base's, as a fraction: -0.2 is a fifth lower."""
-        if self.base.perplexity is None or self.adapted.perplexity is None:
-            return None
-        return self.adapted.perplexity / self.base.perplexity - 1
+        return change(self.base.perplexity, self.adapted.perplexity)
 
     def mean_chunk_perplexity(self, key: str) -> float | None:
         """The authors' statistic: the token-weighted mean of per-chunk perplexities.

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import GenerationConfig
 
 from templora.detokenizer import Detokenizer
@@ -165,21 +164,16 @@ class Translator:
                     events = study.finish(ids, span, own, score_base=record.base)
                 else:
                     skipped = ChunkSkipped(number, span.start, span.tokens, "check")
-                    events = [self._scored(ids, span, base=record.base), skipped]
+                    base_nll = study.passes.base_nll(ids, span) if record.base else None
+                    nll = study.passes.adapted_nll(ids, span)
+                    scored = ChunkScored(number, span.start, span.tokens, nll, base_nll)
+                    events = [scored, skipped]
         study.passes.forget()  # the next passage has a prompt of its own
         self.done.append(record)
         start = self._tokens
         self._tokens += span.tokens if record.target.strip() else 0
         # To whoever counts, a translation's tokens follow those of the one before.
         return [replace(e, start=start) if isinstance(e, PLACED) else e for e in events]
-
-    def _scored(self, ids: list[int], span: Span, *, base: bool) -> ChunkScored:
-        passes = self.session.passes
-        with torch.no_grad(), self.session.adapter.attached():
-            nll = float(passes.nll(ids, span, self.session.plan.window).sum())
-        return ChunkScored(
-            span.chunk, span.start, span.tokens, nll, passes.base_nll(ids, span) if base else None
-        )
 
     def _settled(self, passage: Passage, draft: str | None) -> tuple[str, str]:
         if passage.reference is not None:
