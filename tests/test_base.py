@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import templora
 from templora import loading
 from templora.errors import MissingExtra, ModelNotFound, UnsupportedModel
+from templora.probe import PACKS
 from templora.testing import ByteTokenizer, tiny_llama
 from tests.architectures import ARCHITECTURES, MORE, POSITIONS, Architecture
 
@@ -127,6 +128,16 @@ def test_a_base_in_four_bits_learns_too_and_is_known_again(tmp_path: Path) -> No
     quantized.model.save_pretrained(tmp_path / "stored")
     quantized.tokenizer.save_pretrained(tmp_path / "stored")
     assert templora.load(str(tmp_path / "stored"), device="cpu").dtype == "4bit"
+
+
+def test_four_bits_that_a_cpu_has_packed_for_writing_alone_are_refused() -> None:
+    model, tokenizer = loading.load_pretrained("novelist", "4bit", "cpu")
+    if not any(getattr(module, PACKS, False) for module in model.modules()):
+        pytest.skip("bitsandbytes packs nothing on this CPU")
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]))
+    with pytest.raises(UnsupportedModel, match="in a form that has no gradients; load it afresh"):
+        templora.load(model=model, tokenizer=tokenizer)
 
 
 def test_a_model_on_several_devices_is_refused() -> None:

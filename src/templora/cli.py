@@ -2,6 +2,7 @@
 
 import os
 import sys
+from logging import ERROR, getLogger
 from typing import Annotated
 
 import typer
@@ -37,6 +38,8 @@ def options(
 def main() -> None:
     """The `templora` command."""
     _open_streams()
+    # Of a kernel for 4 bits that it does without, where it is imported, whoever wants 4 bits or not.
+    getLogger("bitsandbytes").setLevel(ERROR)
     app(prog_name="templora")
 
 

@@ -16,6 +16,7 @@ from templora.cache import WindowCache
 from templora.errors import UnsupportedModel
 
 TOKENS = 4
+PACKS = "support_avx512bf16_for_cpu"  # of bitsandbytes' layers
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -47,6 +48,7 @@ def probe(model: PreTrainedModel) -> Probe:
         raise UnsupportedModel(f"{kind} keeps a recurrent state, not keys and values; choose a transformer")
     if len(devices := {str(parameter.device) for parameter in model.parameters()}) > 1:
         raise UnsupportedModel(f"{kind} lies on {', '.join(sorted(devices))}; load all of it on one device")
+    _keep_differentiable(model, kind)
     with torch.no_grad():
         return Probe(model.base_model, _try(model, head, kind))
 
@@ -67,6 +69,20 @@ class Watch:
     def __call__(self) -> bool:
         """Whether any of them is."""
         return any(self._hooks) or any("forward" in own for own in self._modules)
+
+
+def _keep_differentiable(model: PreTrainedModel, kind: str) -> None:
+    """Keep bitsandbytes from packing 4 bits anew, as it does on CPUs with AVX-512 BF16 when a layer runs.
+
+    No gradient passes through that form, and the base's bytes would be others than those that were loaded.
+    """
+    for layer in (module for module in model.modules() if getattr(module, PACKS, False)):
+        if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise UnsupportedModel(
+                f"{kind} was run in 4 bits on this CPU before, which has left it in a form that has no"
+                " gradients; load it afresh"
+            )
+        setattr(layer, PACKS, False)
 
 
 def _try(model: PreTrainedModel, head: nn.Module, kind: str) -> bool:
