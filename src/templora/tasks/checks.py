@@ -2,12 +2,19 @@
 
 import unicodedata
 
+# What each problem means, after "the translation".
+MEANS = {
+    "empty": "is empty",
+    "runaway": "goes on and on",
+    "untranslated": "is the source once more",
+    "lines": "has more or fewer lines than the source",
+}
 LONGEST = 6  # times the source's length: more is a loop
 LEAST_LETTERS = 12  # of a line that may not come back as it was: shorter ones are names and numbers
 
 
 def problem(source: str, target: str, *, ended: bool) -> str | None:
-    """The first thing that is wrong: "empty", "runaway", "untranslated", "lines"; None if nothing is.
+    """The first thing that is wrong, a key of MEANS; None if nothing is.
 
     ended: whether the model ended it; else it ran out of room.
     """

@@ -18,7 +18,7 @@ from templora.events import ChunkLearned, ChunkScored, ChunkSkipped, Event, Pass
 from templora.memory import fits_in_memory
 from templora.sampling import Sampling
 from templora.session import Session
-from templora.tasks.checks import problem
+from templora.tasks.checks import MEANS, problem
 from templora.template import Pair, Template, load
 from templora.window import Span
 
@@ -130,7 +130,7 @@ class Translator:
         target, origin = self._settled(passage, draft)
         if origin == "own" and wrong:
             message = (
-                f"passage {number}: the translation looks {wrong}; it is kept for you to mend, not learned"
+                f"passage {number}: the translation {MEANS[wrong]}; it is kept for you to mend, not learned"
             )
             events.append(Warned("check", message))
         learned = bool(target.strip()) and not (origin == "own" and wrong)
