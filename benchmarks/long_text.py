@@ -13,6 +13,7 @@ from benchmarks import shapes
 from benchmarks.measure import ratio
 from benchmarks.willing import willing
 from templora.events import ChunkLearned, Event
+from templora.recipe import load
 
 PIECES = 4  # turns in each round
 RECENT = 8192  # tokens of the given text before it repeats itself
@@ -75,8 +76,8 @@ def rounds_of(
 
 def measure(shape: str, window: int, short: int, long: int, rounds: int, learned: bool) -> dict[str, Any]:
     """Rates over the last tokens of a short text and of a long one; for a process of its own."""
-    base = shapes.base(shape, positions=2 * window)
-    cycle = base.positions - window
+    base = shapes.base(shape, positions=2 * window + load("default").sinks)
+    cycle = window
     text = given(shape, long)
     sessions = {
         name: grown(base, text[: tokens - cycle], window, learned=learned)

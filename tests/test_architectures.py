@@ -36,6 +36,7 @@ import templora
 from templora.base import Base
 from templora.errors import UnsupportedModel
 from templora.events import ChunkLearned, ChunkScored, End, Token
+from templora.recipe import load as load_recipe
 from templora.session import Session
 from templora.testing import ByteTokenizer, tiny_llama
 from tests.architectures import ARCHITECTURES, MORE, SLIDING, VOCABULARY, Architecture
@@ -59,9 +60,10 @@ def base_of(architecture: Architecture) -> Base:
 
 
 def plain_nll(model: torch.nn.Module, ids: list[int], visible: int, start: int, stop: int) -> Tensor:
-    """NLL of ids[start:stop] from one pass over ids[visible:stop], [tokens]."""
-    logits = model(input_ids=torch.tensor([ids[visible:stop]]), use_cache=False).logits[0]
-    predicting = logits[start - visible - 1 : stop - visible - 1].float()
+    """NLL of ids[start:stop] from one pass over the sinks and ids[visible:stop], [tokens]."""
+    sinks = ids[: min(visible, load_recipe("default").sinks)]
+    logits = model(input_ids=torch.tensor([sinks + ids[visible:stop]]), use_cache=False).logits[0]
+    predicting = logits[start - stop - 1 : -1].float()
     return cross_entropy(predicting, torch.tensor(ids[start:stop]), reduction="none")
 
 

@@ -41,6 +41,20 @@ def filled(tokens: int, capacity: int = 60, origin: int = 0) -> WindowCache:
     return cache
 
 
+def seeing(dynamic: DynamicCache, tokens: list[int]) -> DynamicCache:
+    """A copy that holds those tokens alone."""
+    seen = DynamicCache()
+    for index, layer in enumerate(layers(dynamic)):
+        seen.update(layer.keys[:, :, tokens], layer.values[:, :, tokens], index)
+    return seen
+
+
+def add(dynamic: DynamicCache, seen: DynamicCache, tokens: int) -> None:
+    """Append the last keys and values of `seen`."""
+    for index, layer in enumerate(layers(seen)):
+        dynamic.update(layer.keys[:, :, -tokens:], layer.values[:, :, -tokens:], index)
+
+
 @settings(max_examples=25)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=5))
 @torch.no_grad()
@@ -66,6 +80,48 @@ def test_a_forgotten_token_is_not_attended_to(hidden: int, more: int) -> None:
     for layer in layers(dynamic):
         layer.keys, layer.values = layer.keys[:, :, hidden:], layer.values[:, :, hidden:]
     assert close(run(cache, IDS[20 : 20 + more], 20), run(dynamic, IDS[20 : 20 + more], 20))
+
+
+@settings(max_examples=50)
+@given(
+    sinks=st.integers(1, 5),
+    cuts=st.lists(st.tuples(st.integers(0, 20), st.integers(1, 8)), min_size=1, max_size=3),
+    context=st.integers(1, 20),
+    more=st.integers(1, 8),
+)
+@torch.no_grad()
+def test_sinks_stay_visible_at_the_positions_that_they_were_made_at(
+    sinks: int, cuts: list[tuple[int, int]], context: int, more: int
+) -> None:
+    cache, dynamic = WindowCache(60, sinks), DynamicCache()
+    run(cache, IDS[:20], 0)
+    run(dynamic, IDS[:20], 0)
+    stop = hidden = 20
+    for back, tokens in cuts:
+        hidden = max(hidden if stop > 20 else 0, stop - back)
+        cache.forget_before(hidden)
+        assert (cache.first, cache.stop) == (hidden if hidden > sinks else 0, stop)
+        seen = seeing(dynamic, [*range(min(sinks, hidden)), *range(hidden, stop)])
+        assert close(run(cache, IDS[stop : stop + tokens], stop), run(seen, IDS[stop : stop + tokens], stop))
+        add(dynamic, seen, tokens)
+        stop += tokens
+    first = max(hidden, stop - context)
+    seen = seeing(dynamic, [*range(min(sinks, first)), *range(first, stop)])
+    ids = IDS[stop - 5 : stop - 5 + more]
+    assert close(run(cache.prefix(max(cache.first, first), stop), ids, stop), run(seen, ids, stop))
+
+
+@settings(max_examples=25)
+@given(sinks=st.integers(0, 5), visible=st.integers(0, 20), tokens=st.integers(1, 20))
+@torch.no_grad()
+def test_a_window_that_is_made_again_has_its_sinks_before_it(sinks: int, visible: int, tokens: int) -> None:
+    cache = WindowCache(60, sinks)
+    cache.restart(visible)
+    missing = [token for part in cache.missing(visible + tokens) for token in range(60)[part]]
+    assert missing == [*range(min(sinks, visible)), *range(visible, visible + tokens)]
+    run(cache, [IDS[token] for token in missing], cache.stop - cache.origin)
+    assert (cache.first, cache.stop) == (visible if visible > sinks else 0, visible + tokens)
+    assert cache.missing(visible + tokens + 3) == [slice(visible + tokens, visible + tokens + 3)]
 
 
 @settings(max_examples=25)

@@ -302,13 +302,14 @@ def test_a_model_that_cannot_work_is_one_line(kind: str, reason: str, tmp_path: 
         (["--set", "learning_rat=1"], "the nearest known one is 'learning_rate'"),
         (["--set", "foo=3"], "unknown recipe key 'foo'; known are name, window, chunk"),
         (["--out-dir", "{tmp}/texts"], "--out-dir goes with --prompts"),
-        (["--window", "5000"], "window 5000 + chunk 64 exceed the 128 positions"),
+        (["--window", "5000"], "window 5000 + chunk 64 + sinks 4 exceed the 128 positions"),
         (["--set", "epochs=many"], "recipe key epochs: "),
         (["--set", "epochs"], "--set takes key=value, not 'epochs'"),
         (["--set", "targets=nothing"], "no layers of LlamaForCausalLM can carry LoRA"),
         (
             ["--window", "120", "--chunk", "16"],
-            "window 120 + chunk 16 exceed the 128 positions of this base; the largest window is 112",
+            "window 120 + chunk 16 + sinks 4 exceed the 128 positions of this base; the largest window is "
+            "108",
         ),
         (["--window", "0"], "recipe key window: "),
         (["--temperature", "-1"], "temperature is -1.0; it must be 0, or between 1e-12 and 1e+12"),

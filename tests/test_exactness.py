@@ -68,12 +68,16 @@ def test_a_context_from_the_cache_scores_as_a_recomputed_one() -> None:
 
 @settings(max_examples=20)
 @given(
-    window=st.integers(1, 60), chunk=st.integers(1, 40), number=st.integers(1, 4), written=st.integers(0, 39)
+    window=st.integers(1, 60),
+    chunk=st.integers(1, 40),
+    sinks=st.integers(0, 4),
+    number=st.integers(1, 4),
+    written=st.integers(0, 39),
 )
 def test_the_token_just_outside_the_window_changes_no_logit_and_the_one_just_inside_does(
-    window: int, chunk: int, number: int, written: int
+    window: int, chunk: int, sinks: int, number: int, written: int
 ) -> None:
-    base, session = BASE, session_after_learning(window, chunk)
+    base, session = BASE, session_after_learning(window, chunk, sinks=sinks)
     span = session.plan.span(number)
     length = span.start + min(written, chunk - 1)
     ids = [(7 * i) % 250 for i in range(length)]
@@ -82,21 +86,36 @@ def test_the_token_just_outside_the_window_changes_no_logit_and_the_one_just_ins
         decoder = Decoder(base, session.adapter, session.plan, "recompute")
         return decoder.logits([249 if i == changed else t for i, t in enumerate(ids)], span)
 
-    if span.visible > 0:
+    if span.visible > sinks:
         assert torch.equal(logits(None), logits(span.visible - 1))
     assert not torch.equal(logits(None), logits(span.visible))
+    if sinks > 0:
+        assert not torch.equal(logits(None), logits(min(sinks, length) - 1))
 
 
-@settings(max_examples=20)
-@given(window=st.integers(1, 40), chunk=st.integers(1, 24), draws=st.integers(1, 120))
-def test_under_reuse_no_key_older_than_the_window_is_attended_to(window: int, chunk: int, draws: int) -> None:
-    session = session_after_learning(window, chunk, cache="reuse")
+@settings(max_examples=30)
+@given(
+    window=st.integers(1, 40),
+    chunk=st.integers(1, 24),
+    sinks=st.integers(0, 4),
+    draws=st.integers(1, 120),
+    keys=st.sampled_from(["reuse", "base"]),
+)
+def test_where_keys_stay_none_older_than_the_window_is_attended_to_but_the_sinks(
+    window: int, chunk: int, sinks: int, draws: int, keys: str
+) -> None:
+    session = session_after_learning(window, chunk, cache=keys, sinks=sinks, learning_rate=0.0)
+    of_sinks: list[torch.Tensor] = []
     session.extend([1, 2, 3], "")
     for count, _ in enumerate(session.write(draws, score_base=False)):
         cache, span = session.decoder.cache, session.plan.span(session.chunk)
         if session.decoder.chunk == span.chunk:
-            assert cache.first == span.visible
-            assert cache.stop - cache.first <= window + chunk
+            assert cache.first == (span.visible if span.visible > sinks else 0)
+            assert cache.get_seq_length() <= sinks + window + chunk
+            if span.visible >= sinks > 0:  # the first block's keys say which tokens they are, and where
+                state = cache.state()["layers"][0]
+                of_sinks.append(state["keys"][:, :, :sinks])
+                assert torch.allclose(of_sinks[0], of_sinks[-1], atol=1e-5)
             assert cache.stop - cache.origin <= 128, "a position beyond those the base was trained for"
         if count > draws:
             break

@@ -18,7 +18,7 @@ from templora.base import Base
 from templora.cli import app
 from templora.decoder import Decoder
 from templora.errors import OutOfMemory, SessionClosed, TemploraError
-from templora.events import ChunkLearned, ChunkScored, ChunkWritten, End, Event, Token
+from templora.events import ChunkLearned, ChunkScored, ChunkWritten, End, Event, RolledBack, Token
 from templora.learner import Learner
 from templora.parallel import ParallelSession, twin_of
 from templora.passes import Passes
@@ -87,7 +87,7 @@ class InSequence:
     def __init__(self, **changes: Any) -> None:
         recipe = load_recipe("default", FAST | changes)
         reader, self.writer = fresh(), fresh()
-        self.plan = fit(recipe.window, recipe.chunk, recipe.context, 128)
+        self.plan = fit(recipe.window, recipe.chunk, recipe.context, 128, sinks=recipe.sinks)
         self.adapter = Adapter(reader.model, recipe, 7)
         passes = Passes(reader, self.adapter, self.plan, recipe)
         self.study = Study(passes, Learner(self.adapter, recipe, 7), recipe)
@@ -97,6 +97,7 @@ class InSequence:
         self.processors = Sampling.of(self.writer.model.generation_config).processors([256])
         self.ids: list[int] = []
         self.own: list[bool] = []
+        self.went_back = False
         self.versions = [self.adapter.snapshot()]  # before chunk 0, after it, after chunk 1, …
         self.scores: list[tuple[int, float, float | None]] = []
 
@@ -122,6 +123,12 @@ class InSequence:
             self.versions.append(self.adapter.snapshot())
             # What the writer knows from here on: all, or all but this chunk.
             self.follower.restore(self.versions[-2 if own else -1], 0)
+            if self.went_back:  # a chunk late, as all that the writer knows
+                self.decoder.forget()
+            back = any(isinstance(event, RolledBack) for event in events)
+            self.went_back = back and own > 0
+            if back and not own:
+                self.decoder.forget()
 
 
 @KINDS

@@ -65,7 +65,7 @@ def test_frequencies_that_follow_the_length_are_left_alone() -> None:
 
 def scores(base: templora.Base, **wishes: Any) -> list[float]:
     """NLL of each chunk of PROSE, which is longer than the base's positions."""
-    session = base.session(seed=1, **SIZES, **wishes)
+    session = base.session(seed=1, **SIZES, **{"sinks": 0, **wishes})
     return [e.adapted_nll for e in session.reading(PROSE) if isinstance(e, ChunkScored)]
 
 
@@ -105,6 +105,20 @@ def test_with_keys_of_the_base_too() -> None:
     assert scores(base_of(128), cache="base") == pytest.approx(scores(base_of(4096), cache="base"), rel=1e-4)
 
 
+def test_sinks_stay_where_they_were_made_while_the_window_moves() -> None:
+    session = base_of(128).session(seed=1, sinks=4, **SIZES)
+    made, origins = list[Tensor](), set[int]()
+    for event in session.reading(PROSE):
+        if not isinstance(event, ChunkScored):
+            continue
+        cache = session.decoder.cache
+        origins.add(cache.origin)
+        sinks = [layer.keys[:, :, layer.first :][:, :, :4].clone() for layer in cache.layers]  # pyright: ignore
+        made = made or sinks
+        assert all(torch.equal(one, other) for one, other in zip(made, sinks, strict=True))
+    assert len(origins) >= 8
+
+
 def test_an_interrupt_while_keys_move_costs_the_cache_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     base, stuck, moves, whole = base_of(128), base_of(128), 0, Rotary.moved
     stuck.rotary = None
@@ -118,7 +132,7 @@ def test_an_interrupt_while_keys_move_costs_the_cache_and_no_more(monkeypatch: p
         return whole(self, keys, by)
 
     monkeypatch.setattr(Rotary, "moved", interrupted)
-    session = base.session(seed=1, **SIZES)
+    session = base.session(seed=1, sinks=0, **SIZES)
     with pytest.raises(KeyboardInterrupt):
         session.read(PROSE)
     found = [e.adapted_nll for e in session.learning() if isinstance(e, ChunkScored)]

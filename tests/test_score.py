@@ -324,7 +324,12 @@ def test_a_file_with_nothing_to_score_does_not_cost_the_others(folder: Path, tmp
     words = ["--model", folder, "--skip", "20", "--json", tmp_path / "out.json"]
     for batch in ("1", "2"):
         code, errors = run("score", tmp_path / "a.txt", tmp_path / "b.txt", *words, "--batch", batch)
-        assert errors.count("warning: this base has 128 positions: context 1024 → 64, window 1024 → 64") == 1
+        assert (
+            errors.count(
+                "warning: this base has 128 positions: chunk 64 → 62, context 1024 → 62, window 1024 → 62"
+            )
+            == 1
+        )
         assert code == 2 and "no token is left to score after --skip 20" in errors
         (entry,) = json.loads((tmp_path / "out.json").read_text("utf-8"))
         assert entry["document"].endswith("b.txt")

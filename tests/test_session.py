@@ -664,3 +664,16 @@ def test_a_failing_processor_costs_no_token() -> None:
     text_after(plain, 60, processors=LogitsProcessorList())
     assert made.ids == plain.ids
     assert torch.equal(made.adapter.flat, plain.adapter.flat)
+
+
+def test_a_first_token_that_was_never_drawn_leaves_a_session_that_reads() -> None:
+    def stops(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    base = templora.load(model=tiny_llama(), tokenizer=ByteTokenizer())
+    session, again = (base.session(seed=1, chunk=16) for _ in range(2))
+    session.extend([1, 2, 3], "abc")
+    with pytest.raises(KeyboardInterrupt):
+        list(session.write(5, processors=LogitsProcessorList([stops])))  # pyright: ignore[reportArgumentType]
+    again.load_state(session.state())
+    assert again.read(PROSE) == session.read(PROSE)

@@ -44,20 +44,28 @@ def test_all_chunks_are_full_but_the_last_and_as_the_plan_gives_them(
     assert 0 < last.tokens <= chunk
 
 
-@given(window=sizes, chunk=sizes, context=sizes, positions=st.integers(1, 400), fixed=names)
+@given(
+    window=sizes,
+    chunk=sizes,
+    context=sizes,
+    sinks=st.integers(0, 8),
+    positions=st.integers(1, 400),
+    fixed=names,
+)
 def test_a_fitted_plan_never_exceeds_the_positions_and_never_changes_what_was_fixed(
-    window: int, chunk: int, context: int, positions: int, fixed: frozenset[str]
+    window: int, chunk: int, context: int, sinks: int, positions: int, fixed: frozenset[str]
 ) -> None:
     wished = {"window": window, "chunk": chunk, "context": context}
     try:
-        plan = fit(**wished, positions=positions, fixed=fixed)
+        plan = fit(**wished, positions=positions, fixed=fixed, sinks=sinks)
     except WindowTooLarge:
         # Refused only where the fixed sizes leave no room, even for chunks of one token.
         least = {name: size if name in fixed else 1 for name, size in wished.items()}
-        assert max(least["window"], least["context"]) + least["chunk"] > positions
+        assert max(least["window"], least["context"]) + least["chunk"] + sinks > positions
         return
-    assert plan.window + plan.chunk <= positions
-    assert plan.context + plan.chunk <= positions
+    assert plan.needed == sinks + plan.window + plan.chunk <= positions
+    assert plan.needed <= plan.room <= positions
+    assert sinks + plan.context + plan.chunk <= positions
     for name, size in wished.items():
         assert 1 <= getattr(plan, name) <= size
         if name in fixed:

@@ -298,7 +298,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> Base:
-    """A base by name ("novelist", a local folder, a GGUF file, a hub id), or from a loaded model.
+    """A base by name ("novelist", "smollm2", a folder, a GGUF file, a hub id), or from a loaded model.
 
     Args:
         tokenizer: in place of the model's own.
@@ -308,7 +308,7 @@ def load(
 
     Raises:
         ModelNotFound: nothing of that name, or unreadable. UnsupportedModel: it cannot carry an adapter.
-        MissingExtra: 4bit, and bitsandbytes is not installed.
+        MissingExtra: 4bit, a GGUF file or smollm2, and what that needs is not installed.
         InvalidRecipe: a loaded model, and a dtype or device as well.
     """
     if model is not None:

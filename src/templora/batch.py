@@ -103,6 +103,12 @@ class _Passes(Passes):
             return super().nll(ids, span, context)
         return self.together.nll_of(Row(ids, span, self.adapter), context)
 
+    def forget_adapted(self) -> None:
+        """As alone."""
+        super().forget_adapted()
+        if self.together is not None:
+            self.together.forget_adapted(self.adapter)
+
 
 class Batch:
     """Up to `size` texts at once on one base, by one recipe. texts: those that are in it now.

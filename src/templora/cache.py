@@ -1,11 +1,14 @@
 """Keys and values of the visible tokens, in buffers that are allocated once.
 
 In a `WindowCache` the place in the buffer is the position id, so positions never pass the capacity; what is
-kept moves only when they run out. It speaks transformers' `Cache` protocol, so any model that uses
-that protocol works unchanged. It does not know who made the keys.
+kept moves only when they run out. The one exception are attention sinks (arXiv 2309.17453), the first tokens
+of a text, which models lean on whatever they say: their keys keep the positions that they were made at, and
+go along in the places just before the window, so that what is visible is one piece of memory. It speaks
+transformers' `Cache` protocol, so any model that uses that protocol works unchanged. It does not know who
+made the keys.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -71,6 +74,13 @@ class WindowLayer(_Layer):
         self.stop += 1
         return self.keys[:, :, self.first : self.stop], self.values[:, :, self.first : self.stop]
 
+    def carry(self, tokens: int, first: int) -> None:
+        """Let what is visible begin at that place, with its first so many tokens, moved there from before."""
+        if self.keys is not None and self.values is not None and first > self.first:
+            for state in (self.keys, self.values):
+                state[:, :, first : first + tokens] = state[:, :, self.first : self.first + tokens].clone()
+            self.first = first
+
     def state(self) -> dict[str, Any]:
         """Its visible keys and values, copied, [1, heads, stop - first, head_dim]."""
         kept: dict[str, Any] = {"first": self.first, "stop": self.stop}
@@ -83,7 +93,7 @@ class WindowLayer(_Layer):
 
 
 class PrefixLayer(_Layer):
-    """A frozen view of earlier keys and values, to which one pass joins its own.
+    """Frozen earlier keys and values, to which one pass joins its own.
 
     Unlike a `WindowLayer` it can be differentiated through: new keys are joined, never written.
     Without keys it stands for the beginning of a text.
@@ -110,12 +120,13 @@ class PrefixLayer(_Layer):
 class WindowCache(Cache):
     """The visible window of one text.
 
-    origin: index in the text of the token at position 0.
+    sinks: tokens at the beginning of the text that are always visible. origin: index in the text of the token
+    at position 0, or what it would be if the text had begun `sinks` tokens before the window.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, sinks: int = 0) -> None:
         super().__init__(layer_class_to_replicate=partial(WindowLayer, capacity))  # pyright: ignore[reportArgumentType]
-        self.capacity = capacity
+        self.capacity, self.sinks = capacity, sinks
         self.origin = 0
 
     @property
@@ -124,37 +135,45 @@ class WindowCache(Cache):
 
     @property
     def first(self) -> int:
-        """Index in the text of the oldest visible token."""
-        return self.origin + (self._windows[0].first if self.layers else 0)
+        """Index in the text of the oldest visible token, sinks that are not its neighbours aside."""
+        place = self._windows[0].first if self.layers else 0
+        return self.origin + place + (self.sinks if self.origin + place else 0)
 
     @property
     def stop(self) -> int:
         """Index in the text after the newest cached token."""
         return self.origin + (self._windows[0].stop if self.layers else 0)
 
-    def restart(self, origin: int) -> None:
-        """Forget everything; the next token comes from index `origin` and gets position 0."""
-        self.origin = origin
+    def restart(self, token: int) -> None:
+        """Forget everything; the sinks come next, and then the token of that index of the text."""
+        self.origin = max(0, token - self.sinks)
         for layer in self._windows:
             layer.first = layer.stop = 0
 
+    def missing(self, stop: int) -> list[slice]:
+        """Where in the text the tokens are that must run for all before `stop` to be cached."""
+        if self.stop > self.origin or self.origin == 0:
+            return [slice(self.stop, stop)]
+        return [slice(0, self.sinks), slice(self.origin + self.sinks, stop)]
+
     def forget_before(self, token: int) -> None:
-        """Hide all tokens older than that index of the text."""
+        """Hide all tokens older than that index of the text, but for the sinks."""
         for layer in self._windows:
-            layer.first = min(max(layer.first, token - self.origin), layer.stop)
+            place = min(token - self.origin, layer.stop)
+            layer.carry(self.sinks, place - self.sinks)
 
     def move_to_front(self, token: int, moved: Moved) -> None:
-        """Hide all tokens older than that index of the text, and let it be the one at position 0.
+        """Hide all tokens older than that index of the text, and let it be the first one after the sinks.
 
         If this fails half-way, what is cached is of no use any more. moved: see `rotary`.
         """
         self.forget_before(token)
-        kept = [layer.state() for layer in self._windows]
-        keys = moved([state["keys"] for state in kept], self.origin - token)
+        kept, origin = [layer.state() for layer in self._windows], token - self.sinks
+        keys = moved([state["keys"][:, :, self.sinks :] for state in kept], self.origin - origin)
         for layer, state, own in zip(self._windows, kept, keys, strict=True):
             layer.first = layer.stop = 0
-            layer.update(own, state["values"])
-        self.origin = token
+            layer.update(torch.cat((state["keys"][:, :, : self.sinks], own), dim=2), state["values"])
+        self.origin = origin
 
     def crop(self, token: int) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Forget all tokens from that index of the text on."""
@@ -177,12 +196,12 @@ class WindowCache(Cache):
             self.layers.append(layer)
 
     def prefix(self, first: int, stop: int) -> Cache:
-        """The tokens [first, stop) of the text as a frozen, differentiable prefix."""
+        """The sinks and the tokens [first, stop) of the text as a frozen, differentiable prefix."""
         assert self.first <= first <= stop <= self.stop, (self.first, first, stop, self.stop)
-        if first == stop:
+        if stop == self.origin:  # nothing is cached, perhaps not even made
             return Cache(layer_class_to_replicate=PrefixLayer)
         rows = slice(first - self.origin, stop - self.origin)
-        return Cache(layers=[_prefix_layer(layer, rows) for layer in self._windows])
+        return frozen(((layer.keys, layer.values, layer.first) for layer in self._windows), self.sinks, rows)
 
     def extend(self, prefix: Cache) -> None:
         """Append the new keys that a pass over `prefix` made."""
@@ -202,6 +221,23 @@ class WindowCache(Cache):
             raise
 
 
-def _prefix_layer(layer: WindowLayer, rows: slice) -> PrefixLayer:
-    assert layer.keys is not None and layer.values is not None
-    return PrefixLayer(layer.keys[:, :, rows], layer.values[:, :, rows])
+def frozen(layers: Iterable[tuple[Tensor | None, Tensor | None, int]], sinks: int, places: slice) -> Cache:
+    """Those places and the sinks before them, as a frozen prefix.
+
+    layers: each block's keys and values, [texts, heads, places, head_dim], and the place where what is
+    visible begins, which is where the sinks are.
+    """
+    made = [_prefix_layer(keys, values, first, sinks, places) for keys, values, first in layers]
+    return Cache(layers=[*made]) if made and made[0].length else Cache(layer_class_to_replicate=PrefixLayer)
+
+
+def _prefix_layer(
+    keys: Tensor | None, values: Tensor | None, first: int, sinks: int, places: slice
+) -> PrefixLayer:
+    assert keys is not None and values is not None
+    both = slice(max(first, places.start - sinks), places.stop)
+    if not sinks or both.start == first:  # they are neighbours
+        return PrefixLayer(keys[:, :, both], values[:, :, both])
+    begin = slice(first, first + sinks)
+    joined = (torch.cat((state[:, :, begin], state[:, :, places]), dim=2) for state in (keys, values))
+    return PrefixLayer(*joined)

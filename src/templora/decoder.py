@@ -2,9 +2,9 @@
 
 Token ids in, logits and keys out; it knows nothing of text. Before each chunk the keys of the window are made
 what the recipe wants: recomputed (every visible token runs again under the newest adapter), reused (old keys
-stay, but nothing older than the window is visible), or the base's own (the finished chunk runs again under
-the bare base, so that no key is ever stale). Where positions run out, keys that stay move to the front; with
-a base that does not allow that, the window runs again.
+stay, but of what is older than the window only the sinks are visible), or the base's own (the finished chunk
+runs again under the bare base, so that no key is ever stale). Where positions run out, keys that stay move to
+the front; with a base that does not allow that, the window runs again.
 """
 
 from collections.abc import Generator, Sequence
@@ -28,7 +28,7 @@ class Decoder:
         self.base, self.adapter, self.plan = base, adapter, plan
         self.stays = keys != "recompute"
         self.base_encodes = keys == "base" and adapter is not None
-        self.cache = WindowCache(plan.room if self.stays else plan.window + plan.chunk)
+        self.cache = WindowCache(plan.room if self.stays else plan.needed, plan.sinks)
         self.chunk: int | None = None  # whose window is cached
         self._before = 0  # what was cached before the last `logits`
 
@@ -48,7 +48,7 @@ class Decoder:
     def logits(self, ids: Sequence[int], span: Span) -> Tensor:
         """Logits for the token after `ids`, inside the chunk of `span`, [vocab].
 
-        Exactly the tokens from `span.visible` on are seen. Only what is not yet cached runs.
+        Exactly the sinks and the tokens from `span.visible` on are seen. Only what is not yet cached runs.
         """
         self._enter(ids, span)
         self.cache.crop(len(ids) - 1)  # the last token must run for its logits
@@ -65,7 +65,7 @@ class Decoder:
             raise
 
     def prefix(self, ids: Sequence[int], span: Span, context: int) -> tuple[Cache, int]:
-        """The `context` tokens before the chunk as a frozen cache, and the next position.
+        """The sinks and the `context` tokens before the chunk as a frozen cache, and the next position.
 
         The chunk's pass begins with the last token before it, whose output predicts its first; so the
         prefix ends one token earlier.
@@ -86,12 +86,14 @@ class Decoder:
         if self.chunk == span.chunk:
             return
         fits = span.stop - self.cache.origin <= self.cache.capacity
-        continues = self.cache.first <= span.visible and self.cache.stop > span.visible
+        kept = self.cache.stop
+        if self.base_encodes and self.chunk is not None:  # what the adapter's own chunk left behind goes
+            kept = min(kept, self.plan.span(self.chunk).start - 1)
+        continues = self.cache.first <= span.visible and kept > span.visible
         moved = self.base.rotary
         if self.stays and self.chunk is not None and continues and (fits or moved):
             self.cache.forget_before(span.visible)
-            if self.base_encodes:  # what the adapter's own chunk left behind goes
-                self.cache.crop(self.plan.span(self.chunk).start - 1)
+            self.cache.crop(kept)
             if moved and not fits:
                 self.chunk = None  # should this fail half-way, the window is made anew
                 self.cache.move_to_front(span.visible, moved)
@@ -106,4 +108,5 @@ class Decoder:
     def _run(self, ids: Sequence[int], stop: int, adapter: Adapter | None, *, once: bool = False) -> Tensor:
         cache = self.cache
         with cache.all_or_nothing(), adapter.decoding(once=once) if adapter else nullcontext():
-            return self.base.last_logits(ids[cache.stop : stop], cache.stop - cache.origin, cache)
+            missing = [token for part in cache.missing(stop) for token in ids[part]]
+            return self.base.last_logits(missing, cache.stop - cache.origin, cache)

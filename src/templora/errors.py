@@ -13,7 +13,7 @@ class InvalidRecipe(TemploraError):
 
 
 class WindowTooLarge(TemploraError):
-    """Window, chunk and context do not fit into the positions that the base was trained for."""
+    """Sinks, window, chunk and context do not fit into the positions that the base was trained for."""
 
 
 class UnsupportedModel(TemploraError):

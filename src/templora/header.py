@@ -64,7 +64,7 @@ def recipe_of(header: Header) -> Recipe:
 def plan_of(header: Header) -> Plan:
     """The sizes in tokens."""
     recipe = header["recipe"]
-    return Plan(recipe["window"], recipe["chunk"], recipe["context"])
+    return Plan(recipe["window"], recipe["chunk"], recipe["context"], sinks=recipe.get("sinks", 0))
 
 
 def write(folder: Path, header: Header) -> None:

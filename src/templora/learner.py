@@ -74,6 +74,11 @@ class Learner:
         self.magnitudes = Magnitudes(len(weights), rate, adapter.flat.device) if rate else None
         self.layer_rates = LayerRates(weights, recipe.layer_rate) if recipe.layer_rate else None
 
+    def rate_at(self, chunk: int) -> float:
+        """Learning rate of A on the chunk of that number (from 0)."""
+        known = self.adapter.squares is not None
+        return self.recipe.rate_at(chunk) * (self.recipe.start_rate if known else 1.0)
+
     @property
     def one_pass(self) -> bool:
         """Whether the pass that scores a chunk can also be the first that is learned from."""

@@ -19,7 +19,7 @@ from templora.adapter import Adapter
 from templora.base import Base
 from templora.decoder import Decoder
 from templora.errors import TemploraError, UnsupportedModel
-from templora.events import ChunkWritten, Event
+from templora.events import ChunkWritten, Event, RolledBack
 from templora.memory import fits_in_memory
 from templora.recipe import Recipe
 from templora.session import Session
@@ -84,7 +84,8 @@ class ParallelSession(Session):
         if (error := job.future.exception()) is not None:
             job.future = None
             raise error
-        self._news += job.future.result()
+        self._news += (events := job.future.result())
+        self._went_back = self._went_back or any(isinstance(event, RolledBack) for event in events)
         self._job = None
         if not job.written:
             self._follow()
@@ -118,6 +119,7 @@ class ParallelSession(Session):
             "weights": self._writer.snapshot(),
             "version": self._writer.version,
             "decoder": self.decoder.state(),
+            "went_back": self._went_back,
         }
         return super().state() | {"writer": writer}
 
@@ -131,6 +133,7 @@ class ParallelSession(Session):
         writer = state["writer"]
         self._writer.restore(writer["weights"], writer["version"])
         self.decoder.load_state(writer["decoder"])
+        self._went_back = writer.get("went_back", False)
 
     def discard(self) -> None:
         """Throw the adapter away, after the chunk that is being learned now."""
@@ -144,6 +147,7 @@ class ParallelSession(Session):
         # What writes: on the base itself, which is bare between two events, and with keys of its own.
         self._writer = Adapter(self.base.model, self.recipe, self.seed, self.base.start)
         self.decoder = Decoder(self.base, self._writer, self.plan, self.recipe.cache)
+        self._went_back = False  # and the writer still has the keys of what was taken back
 
     def _learns_on(self) -> Base:
         return self._twin
@@ -189,6 +193,9 @@ class ParallelSession(Session):
     def _follow(self) -> None:
         """The writer takes over what was learned."""
         self._writer.restore(self.adapter.flat, self.adapter.version)
+        if self._went_back:
+            self.decoder.forget()  # as the learner did
+            self._went_back = False
 
     def _drop(self) -> None:
         """Let a chunk that is being learned finish, and forget it."""

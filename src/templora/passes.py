@@ -20,19 +20,23 @@ class Passes:
     """Forward passes over the chunks of one text."""
 
     def __init__(self, base: Base, adapter: Adapter, plan: Plan, recipe: Recipe) -> None:
-        self.base, self.adapter, self.window = base, adapter, plan.window
+        self.base, self.adapter, self.window, self.sinks = base, adapter, plan.window, plan.sinks
         self.decoder = Decoder(base, adapter, plan, recipe.cache)
         # The base is measured as the adapter is: the same window, kept in the same way.
         self._bare = Decoder(base, None, plan, recipe.cache)
         self._recompute = recipe.context_from == "recompute"
 
     def nll(self, ids: Sequence[int], span: Span, context: int) -> Tensor:
-        """NLL of the chunk's tokens, [tokens] in nats, seeing `context` tokens before it.
+        """NLL of the chunk's tokens, [tokens] in nats, seeing the sinks and `context` tokens before it.
 
         The adapter must be attached; gradients flow unless switched off. The context's keys come from the
         cache, or, as in the paper, the context runs along and gets gradients too.
         """
         return self._nll(self.decoder, ids, span, context)
+
+    def seen(self, ids: Sequence[int], span: Span) -> list[int]:
+        """The sinks, the window and the chunk."""
+        return [*ids[: min(span.visible, self.sinks)], *ids[span.visible : span.stop]]
 
     @torch.no_grad()
     def again(self, ids: Sequence[int], tokens: int) -> float:
@@ -51,8 +55,12 @@ class Passes:
 
     def forget(self) -> None:
         """Drop what is cached, as after the text or the adapter was changed from outside."""
-        self.decoder.forget()
+        self.forget_adapted()
         self._bare.forget()
+
+    def forget_adapted(self) -> None:
+        """Drop the keys that were made with the adapter, as when it goes back to an earlier version."""
+        self.decoder.forget()
 
     @torch.no_grad()
     def adapted_nll(self, ids: Sequence[int], span: Span) -> float:
@@ -69,7 +77,8 @@ class Passes:
         labels = ids[span.start : span.stop]
         if self._recompute:
             first = max(0, span.start - context)
-            return self.base.nll(ids[first : span.stop - 1], labels)
+            sinks = ids[: min(first, self.sinks)]
+            return self.base.nll([*sinks, *ids[first : span.stop - 1]], labels)
         prefix, position = decoder.prefix(ids, span, context)
         nll = self.base.nll(ids[span.start - 1 : span.stop - 1], labels, position, prefix)
         decoder.keep(prefix, span)

@@ -40,6 +40,10 @@ class Recipe(BaseModel):
     window: Tokens = Field(description="W: tokens that are visible before a chunk")
     chunk: Tokens = Field(description="Δ: tokens that are written, then learned")
     context: Tokens = Field(description="L_T: tokens visible before a chunk while it is learned")
+    # Sessions of old do not have the keys with a default: there it was like that.
+    sinks: int = Field(
+        0, ge=0, description="tokens at the very beginning of the text that stay visible (attention sinks)"
+    )
     epochs: Tokens = Field(description="optimiser steps on each chunk")
     rank: Rank = Field(description="LoRA rank")
     alpha: Positive = Field(le=LARGEST_SCALE, description="LoRA alpha; the update is scaled by alpha / rank")
@@ -49,7 +53,6 @@ class Recipe(BaseModel):
     first_block: Fraction = Field(
         description="the adapter starts at this share of the base's blocks: 0 all, 0.5 the upper half"
     )
-    # Sessions of old do not have the keys with a default: there it was like that.
     start: Literal["random", "learned"] = Field(
         "random",
         description="random: A; learned: A, B and what Adam divides by, from the base's folder, if there",
@@ -60,6 +63,9 @@ class Recipe(BaseModel):
         description="the output layer learns as well, with this share of alpha; 0: it does not",
     )
     learning_rate: NonNegative = Field(description="AdamW's rate for A; 0 switches learning off")
+    start_rate: Positive = Field(
+        1.0, description="A's and B's rates times this where the base's folder says what Adam divides by"
+    )
     b_rate: Positive = Field(description="B's rate as a multiple of A's (LoRA+)")
     magnitude_rate: NonNegative = Field(
         0.0, description="rate at which each layer's B grows or shrinks as a whole; 0: only as AdamW moves it"
@@ -134,7 +140,7 @@ def fitted(recipe: Recipe, positions: int | None) -> tuple[Plan, Recipe]:
     """
     follows = recipe.context_from == "cache" and "window" in recipe.fixed and "context" not in recipe.fixed
     context = recipe.window if follows else recipe.context  # as long a one costs nothing there
-    plan = fit(recipe.window, recipe.chunk, context, positions, recipe.fixed)
+    plan = fit(recipe.window, recipe.chunk, context, positions, recipe.fixed, recipe.sinks)
     return plan, recipe.model_copy(update={name: getattr(plan, name) for name in SIZES})
 
 

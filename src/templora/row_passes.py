@@ -57,6 +57,10 @@ class RowPasses:
         self.adapted.leave(row)
         self.bare.leave(row)
 
+    def forget_adapted(self, adapter: Adapter) -> None:
+        """Drop the keys that were made with it, from the next chunk on."""
+        self.adapted.places[self.stack.adapters.index(adapter)].chunk = None
+
     def nll(self, rows: Sequence[Row]) -> Tensor:
         """NLL of each chunk's tokens under its text's adapter, seeing the window, [texts, tokens] in nats.
 
@@ -102,11 +106,10 @@ class RowPasses:
         return logits
 
     def _nll(self, cache: Rows, rows: Sequence[Row], tokens: int) -> Tensor:
-        window, device = self.plan.window, self.base.device
-        prefix = cache.prefix(window)
+        device, prefix = self.base.device, cache.prefix()
         ids = self._ids([row.tokens(row.span.start - 1, tokens + 1) for row in rows])  # [texts, tokens + 1]
         positions = cache.positions(cache.chunk, tokens, device)
-        mask = cache.mask(cache.chunk, tokens, device, window)
+        mask = cache.mask(cache.chunk, tokens, device)
         with kernels.fast(positions.numel(), device=device):
             hidden = self.base.hidden(ids[:, :-1], positions, mask, prefix)
             nll = texts_nll(hidden, self.base.head, ids[:, 1:])
@@ -117,7 +120,8 @@ class RowPasses:
         """Make each text's window what it must be before its chunk."""
         for index in cache.enter([row.span for row in rows]):
             row, made = rows[index], Cache(layer_class_to_replicate=PrefixLayer)
-            ids = self._ids([row.ids[row.span.visible : row.span.start - 1]])
+            sinks = row.ids[: min(row.span.visible, self.plan.sinks)]
+            ids = self._ids([[*sinks, *row.ids[row.span.visible : row.span.start - 1]]])
             positions = torch.arange(ids.shape[1], device=self.base.device).unsqueeze(0)
             under = nullcontext() if cache is self.bare else row.adapter.attached()
             with torch.no_grad(), under, kernels.fast(ids.numel(), device=self.base.device):

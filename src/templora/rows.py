@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from templora.cache import Moved, PrefixLayer, WindowLayer
+from templora.cache import Moved, PrefixLayer, WindowLayer, frozen
 from templora.window import Plan, Span
 
 
 @dataclass(slots=True)
 class Place:
-    """What is cached of one text, as token indices: [first, stop) is; `origin` is at position 0."""
+    """What is cached of one text, as token indices: [first, stop) is; `origin` is at position 0.
+
+    Where they are not 0, the sinks stand in the places of the first tokens, as in a `WindowCache`.
+    """
 
     origin: int = 0
     first: int = 0
@@ -74,12 +77,13 @@ class Rows(Cache):
 
     def __init__(self, size: int, plan: Plan, *, stays: bool, moved: Moved | None = None) -> None:
         self.size, self.plan, self.stays, self._moved = size, plan, stays, moved
-        self.capacity = 2 * (plan.window + plan.chunk)  # columns
-        self._positions = plan.room if stays else plan.window + plan.chunk
+        self.capacity = 2 * plan.needed  # columns
+        self._positions = plan.room if stays else plan.needed
+        self._most = plan.sinks + plan.window  # columns that a row sees before its chunk
         super().__init__(layer_class_to_replicate=self._new_layer)  # pyright: ignore[reportArgumentType]
         self.places: list[Place] = []
         # There is always room for a window before it.
-        self.stop = self.chunk = plan.window
+        self.stop = self.chunk = self._most
 
     def join(self) -> None:
         """A text that has nothing cached yet takes the next row."""
@@ -102,10 +106,11 @@ class Rows(Cache):
         """Open each text's chunk. Returns the rows whose window must be filled anew."""
         if all(place.chunk == span.chunk for place, span in zip(self.places, spans, strict=True)):
             return []
-        if self.stop + self.plan.chunk > self.capacity:
+        anew = [row for row, span in enumerate(spans) if self._begins_anew(row, span)]
+        if self.stop + self.plan.chunk > self.capacity:  # not before: the sinks must go along
             self._move_to_front()
         self.chunk = self.stop
-        return [row for row, span in enumerate(spans) if self._begins_anew(row, span)]
+        return anew
 
     def fill(self, row: int, window: Cache) -> None:
         """The window of one row, as a pass over it from its first token to just before the chunk made it."""
@@ -117,13 +122,15 @@ class Rows(Cache):
             layer = self._row_layers()[index]
             layer.put(slice(row, row + 1), self.chunk - keys.shape[2], keys, values)
 
-    def prefix(self, context: int) -> Cache:
-        """The `context` tokens before the chunk, of every row, as a frozen, differentiable prefix."""
-        return self._prefix(slice(len(self.places)), self._first(context))
+    def prefix(self) -> Cache:
+        """The sinks and the window before the chunk, of every row, as a frozen, differentiable prefix."""
+        first = self._first()
+        return self._prefix(slice(len(self.places)), first, first)
 
     def prefix_of(self, row: int, context: int) -> Cache:
-        """The same, of one row."""
-        return self._prefix(slice(row, row + 1), max(self._column(row), self.chunk + 1 - context))
+        """The same of one row, with so many tokens before the chunk in place of the window."""
+        first = self._column(row)
+        return self._prefix(slice(row, row + 1), first, max(first, self.chunk + 1 - context))
 
     def keep(self, prefix: Cache) -> None:
         """Take over the keys that a pass over `prefix` made for the chunk, if they will be reused."""
@@ -153,15 +160,13 @@ class Rows(Cache):
         starts = [place.stop - place.origin - (self.stop - column) for place in self.places]
         return torch.tensor(starts, device=device).unsqueeze(1) + torch.arange(tokens, device=device)
 
-    def mask(
-        self, column: int, tokens: int, device: torch.device, context: int | None = None
-    ) -> Tensor | None:
+    def mask(self, column: int, tokens: int, device: torch.device) -> Tensor | None:
         """What each row sees of what is in use before that column and of `tokens` from it on.
 
         Returns:
             bool, [texts, cached + tokens]; None if all of them see all.
         """
-        columns, first = [self._column(row) for row in range(len(self.places))], self._first(context)
+        columns, first = [self._column(row) for row in range(len(self.places))], self._first()
         if all(own <= first for own in columns):
             return None
         seen = torch.arange(first, column + tokens, device=device)
@@ -173,60 +178,67 @@ class Rows(Cache):
         if place.chunk == span.chunk:
             return False
         fits = span.stop - place.origin <= self._positions
-        continues = place.first <= span.visible and place.stop > span.visible
-        known = place.chunk is not None
-        place.chunk = span.chunk
+        first = max(0, span.visible - self.plan.sinks)
+        continues = place.first <= first and place.stop > span.visible
+        known, place.chunk = place.chunk is not None, None  # should this fail half-way, it is made anew
         if self.stays and known and continues and (fits or self._moved):
-            place.first = span.visible
+            self._carry_sinks(row, first)
             if self._moved and not fits:
                 self._to_front(row, self._moved)
+            place.chunk = span.chunk
             return False
-        place.origin = place.first = span.visible
-        place.stop = span.start - 1
+        place.origin = place.first = first
+        place.stop, place.chunk = span.start - 1, span.chunk
         return place.stop > place.first
+
+    def _carry_sinks(self, row: int, first: int) -> None:
+        """Let what is visible of a row begin at that token, in whose place the first sink is from now on."""
+        place, sinks = self.places[row], self.plan.sinks
+        old = self._column(row)
+        new = old + first - place.first
+        if sinks and new > old:
+            for layer in self._row_layers():
+                for state in layer.part(slice(row, row + 1), 0, self.capacity):
+                    state[:, :, new : new + sinks] = state[:, :, old : old + sinks].clone()
+        place.first = first
 
     def _to_front(self, row: int, moved: Moved) -> None:
         """Let the oldest visible token of a row be the one at position 0; its column stays what it is."""
         place = self.places[row]
-        chunk, place.chunk = place.chunk, None  # should this fail half-way, the window is made anew
-        rows, first = slice(row, row + 1), self._column(row)
+        rows, first = slice(row, row + 1), self._column(row) + self.plan.sinks  # those stay where they were
         keys = [layer.part(rows, first, self.stop)[0] for layer in self._row_layers()]
         for own, other in zip(keys, moved(keys, place.origin - place.first), strict=True):
             own.copy_(other)
-        place.origin, place.chunk = place.first, chunk
+        place.origin = place.first
 
     def _column(self, row: int) -> int:
         """Of the oldest visible token."""
         place = self.places[row]
         return self.stop - (place.stop - place.first)
 
-    def _first(self, context: int | None = None) -> int:
-        """The oldest column in use, of at most `context` before the chunk."""
-        first = min(self._column(row) for row in range(len(self.places)))
-        return first if context is None else max(first, self.chunk + 1 - context)
+    def _first(self) -> int:
+        """The oldest column in use."""
+        return min(self._column(row) for row in range(len(self.places)))
 
     def _new_layer(self) -> RowsLayer:
         layer = RowsLayer(self.size, self.capacity)
         layer.first = layer.stop = self.stop
         return layer
 
-    def _prefix(self, rows: slice, first: int) -> Cache:
-        if first >= self.chunk or not self.layers:
-            return Cache(layer_class_to_replicate=PrefixLayer)
-        return Cache(
-            layers=[PrefixLayer(*layer.part(rows, first, self.chunk)) for layer in self._row_layers()]
-        )
+    def _prefix(self, rows: slice, first: int, start: int) -> Cache:
+        parts = ((*layer.part(rows, 0, self.capacity), first) for layer in self._row_layers())
+        return frozen(parts, self.plan.sinks, slice(start, self.chunk))
 
     def _open(self, first: int) -> None:
         for layer in self._row_layers():
             layer.first, layer.stop = first, self.stop
 
     def _move_to_front(self) -> None:
-        window = self.plan.window
+        most = self._most
         for layer in self._row_layers():
             for state in layer.part(slice(self.size), 0, self.capacity):
-                state[:, :, :window] = state[:, :, self.stop - window : self.stop].clone()
-        self.stop = window
+                state[:, :, :most] = state[:, :, self.stop - most : self.stop].clone()
+        self.stop = most
 
     def _row_layers(self) -> list[RowsLayer]:
         return self.layers  # pyright: ignore[reportReturnType]

@@ -145,7 +145,7 @@ class Study:
             score: its NLL before that, in nats. started: when its passes began, in seconds of the clock.
             first, ready: as for `Learner.learn`.
         """
-        rate = self.recipe.rate_at(span.chunk) * self.guard.rate
+        rate = self.learner.rate_at(span.chunk) * self.guard.rate
         checked = self.recipe.guard and self.guard.checks(self.adapter.version)
         seen = self._glance(ids, span)
         try:
@@ -207,7 +207,7 @@ class Study:
         weights, version = self.adapter.snapshot(), self.adapter.version
         self.adapter.restore(self._good.weights, self._good.version)
         try:
-            return self.passes.again(ids[span.visible : span.stop], span.tokens)
+            return self.passes.again(self.passes.seen(ids, span), span.tokens)
         except BaseException:
             self.adapter.restore(weights, version)
             raise
@@ -224,6 +224,7 @@ class Study:
             return None
         if self.guard.must_go_back(adapted, base):
             good = self._restore_good(ids, span)
+            self.passes.forget_adapted()  # above all the sinks, which would stay
             self.learner.restart()
             if self.guard.must_give_up(good, base, span.tokens):
                 self.adapter.shrink(0.0)

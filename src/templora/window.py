@@ -36,13 +36,15 @@ class Span:
 class Plan:
     """Sizes in tokens: window W, chunk Δ, context L_T; positions: what the base was trained for.
 
-    positions None means that the base has no limit.
+    positions None means that the base has no limit. sinks: tokens at the beginning of the text that stay
+    visible (arXiv 2309.17453).
     """
 
     window: int
     chunk: int
     context: int
     positions: int | None = None
+    sinks: int = 0
 
     def __post_init__(self) -> None:
         for name in ("window", "chunk", "context"):
@@ -52,25 +54,33 @@ class Plan:
             return
         for name in ("window", "context"):
             size = getattr(self, name)
-            if size + self.chunk > self.positions:
+            if self.sinks + size + self.chunk > self.positions:
                 raise WindowTooLarge(self._too_large(name, size))
 
     def _too_large(self, name: str, size: int) -> str:
-        cause = f"{name} {size} + chunk {self.chunk} exceed the {self.positions} positions of this base"
+        sizes = f"{name} {size} + chunk {self.chunk}" + (f" + sinks {self.sinks}" if self.sinks else "")
+        cause = f"{sizes} exceed the {self.positions} positions of this base"
         assert self.positions is not None
-        largest = self.positions - self.chunk
+        if self.positions - self.sinks < 2:
+            return f"{cause}; lower the sinks to {max(0, self.positions - 2)} or less"
+        largest = self.positions - self.chunk - self.sinks
         if largest < 1:
-            return f"{cause}; lower the chunk to {self.positions // 2} or less"
+            return f"{cause}; lower the chunk to {(self.positions - self.sinks) // 2} or less"
         return f"{cause}; the largest {name} is {largest}"
 
     @property
+    def needed(self) -> int:
+        """Positions that one chunk takes with all that it sees."""
+        return self.sinks + self.window + self.chunk
+
+    @property
     def room(self) -> int:
-        """Positions that keys which stay may take before the window begins at 0 again.
+        """Positions that keys which stay may take before the window moves to the front again.
 
         Not all that the base has: buffers of a hundred thousand would fill a GPU, for nothing.
         """
-        window = self.window + self.chunk
-        return max(window, min(self.positions or 2 * window, max(4 * window, LEAST_ROOM)))
+        needed = self.needed
+        return max(needed, min(self.positions or 2 * needed, max(4 * needed, LEAST_ROOM)))
 
     def span(self, chunk: int) -> Span:
         """The chunk of that number, full-sized."""
@@ -91,6 +101,7 @@ def fit(
     context: int,
     positions: int | None,
     fixed: frozenset[str] = frozenset(),
+    sinks: int = 0,
 ) -> Plan:
     """A plan for this base: sizes that nobody fixed by hand shrink until they fit.
 
@@ -100,17 +111,18 @@ def fit(
         WindowTooLarge: the fixed sizes cannot fit; the message says what can.
     """
     if positions is not None:
+        free = positions - sinks
         if "chunk" not in fixed:
             taken = max(
                 [{"window": window, "context": context}[n] for n in fixed & {"window", "context"}],
                 default=0,
             )
-            room = positions - taken if taken else positions // 2
+            room = free - taken if taken else free // 2
             chunk = min(chunk, room) if room > 0 else chunk
         if "window" not in fixed:
-            window = max(1, min(window, positions - chunk))
+            window = max(1, min(window, free - chunk))
         if "context" not in fixed:
-            context = max(1, min(context, positions - chunk))
+            context = max(1, min(context, free - chunk))
     if "context" not in fixed:
         context = min(context, window)
-    return Plan(window, chunk, context, positions)
+    return Plan(window, chunk, context, positions, sinks)

@@ -41,7 +41,10 @@ class Cost:
 
 
 def windows(positions: int, chunk: int) -> list[int]:
-    """128, 256, 512, … and the largest that leaves room for a quarter of all positions, or for a chunk."""
+    """128, 256, 512, … and the largest that leaves room for a quarter of all positions, or for a chunk.
+
+    chunk: with the sinks.
+    """
     largest = positions - max(chunk, positions // 4)
     doubling = [128 << power for power in range(20) if 128 << power < largest]
     return [*doubling, largest]
@@ -61,7 +64,7 @@ def costs(
     """
     positions = load(model).positions
     _, recipe = fitted(recipe, positions)
-    sizes = windows(positions or UNLIMITED, recipe.chunk)
+    sizes = windows(positions or UNLIMITED, recipe.sinks + recipe.chunk)
     cases = [(window, adapter) for window in sizes for adapter in (False, True)]
     found: dict[tuple[int, bool], list[Cost]] = {case: [] for case in cases}
     for number in range(rounds):
@@ -82,7 +85,8 @@ def _measure(
     base = load(model)
     changes: dict[str, Any] = {"window": window, "context": window}
     if not adapter:
-        stride = min(max(LEAST_STRIDE, window // 4), (base.positions or UNLIMITED) - window)
+        most = (base.positions or UNLIMITED) - window - recipe.sinks
+        stride = min(max(LEAST_STRIDE, window // 4), most)
         changes |= {"learning_rate": 0.0, "chunk": stride}
     session = base.session(recipe, **changes)
     scores, started = Scores(), perf_counter()

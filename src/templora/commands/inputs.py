@@ -47,6 +47,7 @@ def translation_sizes(
     first = recipe.window if "window" in recipe.fixed else half
     first = first if window is None else window
     sizes = {"window": first, "context": first, "chunk": half if chunk is None else chunk}
+    sizes["sinks"] = 0  # all of a prompt is visible, from its first token on
     return {k: v for k, v in sizes.items() if named.get(k) is not None or k not in recipe.fixed}
 
 
