@@ -31,7 +31,7 @@ check: lint ## style, types and the fast tests
 	$(TESTS) -m "not slow and not gpu and not network"
 
 bench: .venv/.dev ## all benchmarks against the plain loop (hours); results in docs/benchmarks
-	for name in roofline learn score write long_window own_text sessions batch parallel; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in roofline learn score write long_window own_text sessions batch parallel precision; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 	$(BIN)/python -m benchmarks.gpu || [ $$? = 2 ]  # 2: there is no GPU
 
 clean: ## remove the environment and caches

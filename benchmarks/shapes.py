@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 import templora
 from templora.testing import tiny_llama
 
-# hidden, intermediate, blocks, heads, key/value heads, vocabulary; 135m is SmolLM2-135M's shape.
+# hidden, intermediate, blocks, heads, key/value heads, vocabulary; 135m is SmolLM2-135M's, 1b Llama 3.2's.
 SHAPES = {
     "30m": (384, 1024, 10, 6, 6, 32_000),
     "135m": (576, 1536, 30, 9, 3, 49_152),
+    "1b": (2048, 8192, 16, 32, 8, 128_256),
     "llama-2-7b": (4096, 11_008, 32, 32, 32, 32_000),
 }
 NAMES = ("novelist", "30m", "135m")  # what a CPU can run

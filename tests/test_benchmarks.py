@@ -80,6 +80,13 @@ def test_names_are_told_apart_by_how_long_ago_they_were_seen(run: Runs) -> None:
 
 
 @pytest.mark.slow
+def test_bf16_products_come_to_the_same_nll(run: Runs) -> None:
+    (result,) = run("precision")["results"]
+    assert 0 < abs(result["nll"]) < 1e-3
+    assert all(min(seconds) > 0 for seconds in result["seconds"].values())
+
+
+@pytest.mark.slow
 def test_writing_while_learning_runs(run: Runs) -> None:
     for result in run("parallel")["results"]:
         assert all(min(seconds) > 0 for seconds in result["seconds"].values())

@@ -56,6 +56,7 @@ def test_the_paper_recipe_is_the_authors_settings() -> None:
         "decay_chunks": None,
         "context_from": "recompute",
         "cache": "recompute",
+        "precision": "fp32",
         "guard": False,
     }
 

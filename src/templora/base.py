@@ -6,6 +6,7 @@ Its parameters are never written to and never require a gradient while a session
 
 import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -17,7 +18,8 @@ from transformers.cache_utils import Cache
 from templora import array_step, identity, kernels, lean_attention, loading, start
 from templora.cache import WindowCache
 from templora.cross_entropy import linear_nll, logits_nll
-from templora.errors import InvalidRecipe, InvalidText, TemploraError
+from templora.errors import InvalidRecipe, InvalidText
+from templora.half import Halves
 from templora.probe import Probe, Watch, probe
 from templora.rotary import Rotary, positions_of, rotary_of
 from templora.turns import turn
@@ -33,7 +35,7 @@ class Base:
 
     name: what it was loaded as. positions: how many it was trained for, None if without limit. start: what
     its folder says of where its adapters begin, see `templora.start`; empty where that is nothing. rotary:
-    moves its keys to other positions; None where they must be made again.
+    moves its keys to other positions; None where they must be made again. halves: see `templora.half`.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Base:
         with self.turn:
             model.eval().requires_grad_(False)
             self._probe: Probe = probe(model)
+            self.halves = Halves(model)
             self._step, self._watched = array_step.step_of(model), Watch(model.modules())
         text = model.config.get_text_config()
         self.positions: int | None = positions_of(text)
@@ -140,17 +143,6 @@ class Base:
         if strange is not None:
             raise InvalidText(f"token {strange} is none of this base's {self.vocabulary}; take its text out")
 
-    def refuse_modes(self) -> None:
-        """See that learning can work where the caller is.
-
-        Raises:
-            TemploraError: inside torch's inference mode or autocast.
-        """
-        if torch.is_inference_mode_enabled():
-            raise TemploraError("nothing can be learned inside torch.inference_mode(); use no_grad instead")
-        if torch.is_autocast_enabled(self.device.type):
-            raise TemploraError("an adapter learns in fp32; leave torch.autocast()")
-
     def describe(self) -> dict[str, Any]:
         """What makes it this base and no other, as plain values; computed anew each time."""
         with self.turn:
@@ -200,8 +192,12 @@ class Base:
                 return [token]
         return []
 
-    def last_logits(self, ids: Sequence[int], position: int, cache: Cache) -> Tensor:
-        """Run `ids` from that position on top of `cache`, which grows.
+    def fast(self, rows: int, *, half: bool = False) -> AbstractContextManager[object]:
+        """Faster kernels for a pass over that many tokens. half: its fp32 weights as bf16 copies."""
+        return kernels.fast(rows, device=self.device, halves=self.halves if half else None)
+
+    def last_logits(self, ids: Sequence[int], position: int, cache: Cache, *, half: bool = False) -> Tensor:
+        """Run `ids` from that position on top of `cache`, which grows. half: as for `fast`.
 
         Returns:
             Logits after the last of them, [vocab], in the model's dtype.
@@ -210,7 +206,7 @@ class Base:
         if short and isinstance(cache, WindowCache) and cache.layers:
             with self.turn, torch.no_grad():
                 return short(ids[0], position, cache)
-        with self.turn, torch.no_grad(), kernels.fast(len(ids), device=self.device):
+        with self.turn, torch.no_grad(), self.fast(len(ids), half=half):
             if self._probe.plain_head:
                 return self.head(self._hidden(ids, position, cache)[-1:])[0]
             return self._logits(ids, position, cache, keep=1)[0]
@@ -246,18 +242,19 @@ class Base:
         labels: Sequence[int],
         position: int = 0,
         cache: Cache | None = None,
+        *,
+        half: bool = False,
     ) -> Tensor:
         """Run `ids` from that position; the last `len(labels)` outputs are scored.
 
-        Gradients flow unless switched off by the caller.
+        Gradients flow unless switched off by the caller. half: as for `fast`.
 
         Returns:
             NLL of each label in nats, fp32, [labels].
         """
         target = torch.tensor(labels, device=self.device)
         rows = len(ids)
-        fast = kernels.fast(rows, device=self.device)
-        with self.turn, lean_attention.lean(rows, self.model), fast:
+        with self.turn, lean_attention.lean(rows, self.model), self.fast(rows, half=half):
             if self._probe.plain_head:
                 hidden = self._hidden(ids, position, cache)[-len(labels) :]
                 return linear_nll(hidden, self.head, target)

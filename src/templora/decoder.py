@@ -22,10 +22,15 @@ from templora.window import Plan, Span
 
 
 class Decoder:
-    """The window of one text. adapter None: the bare base. keys: of earlier chunks, as `Recipe.cache`."""
+    """The window of one text.
 
-    def __init__(self, base: Base, adapter: Adapter | None, plan: Plan, keys: Keys) -> None:
-        self.base, self.adapter, self.plan = base, adapter, plan
+    adapter None: the bare base. keys: of earlier chunks, as `Recipe.cache`. half: as for `Base.nll`.
+    """
+
+    def __init__(
+        self, base: Base, adapter: Adapter | None, plan: Plan, keys: Keys, *, half: bool = False
+    ) -> None:
+        self.base, self.adapter, self.plan, self.half = base, adapter, plan, half
         self.stays = keys != "recompute"
         self.base_encodes = keys == "base" and adapter is not None
         self.cache = WindowCache(plan.room if self.stays else plan.needed, plan.sinks)
@@ -109,4 +114,4 @@ class Decoder:
         cache = self.cache
         with cache.all_or_nothing(), adapter.decoding(once=once) if adapter else nullcontext():
             missing = [token for part in cache.missing(stop) for token in ids[part]]
-            return self.base.last_logits(missing, cache.stop - cache.origin, cache)
+            return self.base.last_logits(missing, cache.stop - cache.origin, cache, half=self.half)

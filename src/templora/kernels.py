@@ -1,9 +1,9 @@
-"""Faster fp32 products and attention for passes over many tokens on the CPU; the same values up to rounding.
+"""Faster products and attention for passes over many tokens on the CPU; the same values up to rounding.
 
 torch's fp32 products are MKL's, which leaves half of an AMD core's vector unit idle; oneDNN, inside torch as
-well, uses all of it. And torch's attention gives the keys of a cache gradients that nobody asks for. `fast()`
-puts others in their place while a pass runs, by what torch calls a function mode: no model, no module and no
-other thread is touched. It knows nothing of adapters.
+well, uses all of it. And torch's attention gives the keys of a cache gradients that nobody asks for. Those
+with frozen weights may be bf16's, see `half`. `fast()` puts others in their place while a pass runs, by what
+torch calls a function mode: no model, no module and no other thread is touched. It knows nothing of adapters.
 """
 
 import sys
@@ -19,12 +19,19 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from templora.half import Halves, times
+
 FEWEST = 16  # rows: below that MKL is the faster one
 BLOCK = 128  # queries at a time: their scores stay in the core's own cache
 
 
 def product(x: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
-    """x weightᵀ + added. x: [rows, in], weight: [out, in], both fp32, in any layout; added: [rows, out]."""
+    """x weightᵀ + added, fp32.
+
+    x: [rows, in]; weight: [out, in], fp32 or a bf16 copy; both in any layout. added: [rows, out].
+    """
+    if weight.dtype != x.dtype:
+        return times(x, weight) if added is None else times(x, weight).add_(added)
     x = x.contiguous()
     if not weight.T.is_contiguous():  # one of the two it must be: elsewhere oneDNN is a hundred times slower
         weight = weight.contiguous()
@@ -49,34 +56,50 @@ def is_wide() -> bool:
     return sys.platform == "linux" and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def fast(rows: int, *, device: torch.device) -> AbstractContextManager[object]:
-    """For one pass over that many tokens; does nothing where it would not pay."""
-    return Fast() if rows >= FEWEST and device.type == "cpu" and pays() else nullcontext()
+def fast(rows: int, *, device: torch.device, halves: Halves | None = None) -> AbstractContextManager[object]:
+    """For one pass over that many tokens; does nothing where it would not pay.
+
+    halves: products with these weights are bf16's.
+    """
+    if rows < FEWEST or device.type != "cpu" or not (pays() or halves):
+        return nullcontext()
+    return Fast(halves, wide=pays())
 
 
 def is_fast() -> bool:
-    """Whether the pass that runs now is a fast one."""
-    return getattr(_here, "depth", 0) > 0
+    """Whether the pass that runs now takes fp32's products from oneDNN."""
+    return any(mode.wide for mode in _entered())
+
+
+def used(weight: Tensor) -> Tensor:
+    """What the pass that runs now multiplies by in that weight's place: itself, or its copy in bf16."""
+    for mode in _entered():
+        if mode.halves is not None:
+            return mode.halves.of(weight)
+    return weight
 
 
 class Fast(TorchFunctionMode):
-    """While it is entered, linear layers and causal attention in fp32 take the ways below."""
+    """While it is entered, linear layers and causal attention in fp32 take the ways below.
 
-    def __init__(self) -> None:
+    halves: as for `fast`. wide: fp32's own products are oneDNN's, and attention is the one below.
+    """
+
+    def __init__(self, halves: Halves | None = None, *, wide: bool = True) -> None:
         super().__init__()
+        self.halves, self.wide = halves, wide
         # The mask that was looked at last, and from which key on each text sees all up to its own place.
         self._seen: tuple[Tensor, tuple[int, ...] | None] | None = None
-        self._ways: dict[Any, Callable[..., Tensor | None]] = {
-            functional.linear: _linear,
-            functional.scaled_dot_product_attention: self._attention,
-        }
+        self._ways: dict[Any, Callable[..., Tensor | None]] = {functional.linear: _linear}
+        if wide:
+            self._ways[functional.scaled_dot_product_attention] = self._attention
 
     def __enter__(self) -> "Fast":
-        _here.depth = getattr(_here, "depth", 0) + 1
+        _entered().append(self)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        _here.depth -= 1
+        _entered().pop()
         super().__exit__(*error)
 
     def _attention(
@@ -132,13 +155,23 @@ class Fast(TorchFunctionMode):
         return func(*args, **kwargs) if result is None else result
 
 
+def _entered() -> "list[Fast]":
+    """The modes of this thread."""
+    if not hasattr(_here, "entered"):
+        _here.entered = []
+    return _here.entered
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """None where the weight learns, or anything else is not as usual."""
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
     plain = x.dtype == weight.dtype == torch.float32 and x.ndim >= 2 and weight.ndim == 2
     if not frozen or not plain or x.numel() < FEWEST * x.shape[-1]:
         return None
-    rows: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight)  # pyright: ignore[reportAssignmentType]
+    chosen = used(weight)
+    if chosen is weight and not is_fast():
+        return None
+    rows: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), chosen)  # pyright: ignore[reportAssignmentType]
     y = rows.view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
 

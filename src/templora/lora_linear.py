@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from templora.kernels import FEWEST, is_fast, product
+from templora.half import times
+from templora.kernels import FEWEST, is_fast, product, used
 
 
 class LoraLinear(nn.Module):
@@ -35,9 +36,10 @@ class LoraLinear(nn.Module):
 
     def _run(self, x: Tensor, up: Tensor | None) -> Tensor:
         many = x.numel() >= FEWEST * x.shape[-1]
-        fast = is_fast() and many and x.dtype == self.a.dtype == torch.float32
-        way = _FastLoraLinear if fast else _LoraLinear
-        return way.apply(x, up, self.weight, self.bias, self.a, self.b, self.scale)  # pyright: ignore[reportReturnType]
+        plain = many and x.dtype == self.a.dtype == torch.float32
+        way = _FastLoraLinear if plain and is_fast() else _LoraLinear
+        weight = used(self.weight) if plain else self.weight
+        return way.apply(x, up, weight, self.bias, self.a, self.b, self.scale)  # pyright: ignore[reportReturnType]
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -48,7 +50,7 @@ class _LoraLinear(torch.autograd.Function):
         weight, bias, a, b, scale = layer
         rows = _rows(x, up)
         inner = rows @ a.T  # [rows, rank]
-        y = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
+        y = times(rows, weight, bias)
         y.addmm_(inner, b.T, alpha=scale)
         ctx.save_for_backward(x, up, inner, weight, a, b)
         ctx.scale = scale
@@ -65,7 +67,7 @@ class _LoraLinear(torch.autograd.Function):
         b_slope = torch.addmm(b, rows_slope.T, inner, beta=0, alpha=ctx.scale)
         x_slope = up_slope = None
         if ctx.needs_input_grad[0]:
-            x_slope = (rows_slope @ weight).addmm_(inner_slope, a, alpha=ctx.scale)
+            x_slope = times(rows_slope, weight.T).addmm_(inner_slope, a, alpha=ctx.scale)
             x_slope, up_slope = _through_gate(x_slope.view(x.shape), x, up)
         return x_slope, up_slope, None, None, a_slope, b_slope, None
 

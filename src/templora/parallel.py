@@ -20,6 +20,7 @@ from templora.base import Base
 from templora.decoder import Decoder
 from templora.errors import TemploraError, UnsupportedModel
 from templora.events import ChunkWritten, Event, RolledBack
+from templora.half import wanted
 from templora.memory import fits_in_memory
 from templora.recipe import Recipe
 from templora.session import Session
@@ -146,7 +147,9 @@ class ParallelSession(Session):
         super()._start_afresh()
         # What writes: on the base itself, which is bare between two events, and with keys of its own.
         self._writer = Adapter(self.base.model, self.recipe, self.seed, self.base.start)
-        self.decoder = Decoder(self.base, self._writer, self.plan, self.recipe.cache)
+        self.decoder = Decoder(
+            self.base, self._writer, self.plan, self.recipe.cache, half=wanted(self.recipe.precision)
+        )
         self._went_back = False  # and the writer still has the keys of what was taken back
 
     def _learns_on(self) -> Base:
@@ -221,7 +224,9 @@ def twin_of(base: Base) -> Base:
         raise UnsupportedModel(
             f"{kind} cannot learn while it writes ({error}); leave out parallel"
         ) from error
-    return Base(twin, base.tokenizer if base.has_tokenizer else None, base.name)
+    made = Base(twin, base.tokenizer if base.has_tokenizer else None, base.name)
+    made.halves = base.halves  # of the same weights
+    return made
 
 
 def _learn(study: Study, plan: Plan, job: _Job) -> list[Event]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from templora.adapter import Adapter
 from templora.base import Base
 from templora.decoder import Decoder
+from templora.half import wanted
 from templora.recipe import Recipe
 from templora.window import Plan, Span
 
@@ -21,9 +22,10 @@ class Passes:
 
     def __init__(self, base: Base, adapter: Adapter, plan: Plan, recipe: Recipe) -> None:
         self.base, self.adapter, self.window, self.sinks = base, adapter, plan.window, plan.sinks
-        self.decoder = Decoder(base, adapter, plan, recipe.cache)
+        self._half = wanted(recipe.precision)
+        self.decoder = Decoder(base, adapter, plan, recipe.cache, half=self._half)
         # The base is measured as the adapter is: the same window, kept in the same way.
-        self._bare = Decoder(base, None, plan, recipe.cache)
+        self._bare = Decoder(base, None, plan, recipe.cache, half=self._half)
         self._recompute = recipe.context_from == "recompute"
 
     def nll(self, ids: Sequence[int], span: Span, context: int) -> Tensor:
@@ -42,7 +44,7 @@ class Passes:
     def again(self, ids: Sequence[int], tokens: int) -> float:
         """Summed NLL of the last `tokens` of `ids`, run from the first of these; nothing is cached."""
         with self.adapter.attached():
-            return float(self.base.nll(ids[:-1], ids[-tokens:]).sum())
+            return float(self.base.nll(ids[:-1], ids[-tokens:], half=self._half).sum())
 
     def state(self) -> dict[str, Any]:
         """What is cached, of both."""
@@ -78,8 +80,8 @@ class Passes:
         if self._recompute:
             first = max(0, span.start - context)
             sinks = ids[: min(first, self.sinks)]
-            return self.base.nll([*sinks, *ids[first : span.stop - 1]], labels)
+            return self.base.nll([*sinks, *ids[first : span.stop - 1]], labels, half=self._half)
         prefix, position = decoder.prefix(ids, span, context)
-        nll = self.base.nll(ids[span.start - 1 : span.stop - 1], labels, position, prefix)
+        nll = self.base.nll(ids[span.start - 1 : span.stop - 1], labels, position, prefix, half=self._half)
         decoder.keep(prefix, span)
         return nll

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from templora.cache import WindowCache
-from templora.errors import UnsupportedModel
+from templora.errors import TemploraError, UnsupportedModel
 
 TOKENS = 4
 PACKS = "support_avx512bf16_for_cpu"  # of bitsandbytes' layers
@@ -51,6 +51,18 @@ def probe(model: PreTrainedModel) -> Probe:
     _keep_differentiable(model, kind)
     with torch.no_grad():
         return Probe(model.base_model, _try(model, head, kind))
+
+
+def refuse_modes(device: torch.device) -> None:
+    """See that learning can work where the caller is.
+
+    Raises:
+        TemploraError: inside torch's inference mode or autocast.
+    """
+    if torch.is_inference_mode_enabled():
+        raise TemploraError("nothing can be learned inside torch.inference_mode(); use no_grad instead")
+    if torch.is_autocast_enabled(device.type):
+        raise TemploraError("an adapter learns in fp32; leave torch.autocast()")
 
 
 def is_watched(module: nn.Module) -> bool:

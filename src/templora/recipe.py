@@ -20,6 +20,7 @@ SIZES = frozenset({"window", "chunk", "context"})
 # vLLM refuses LoRA ranks outside this list, and what we save is meant to be served there.
 Rank = Literal[8, 16, 32, 64, 128, 256]
 Keys = Literal["recompute", "reuse", "base"]
+Precision = Literal["fp32", "bf16", "auto"]
 LARGEST_SCALE = 1e6  # far beyond what learns; the product of two still is a number in fp32
 Tokens = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -86,6 +87,11 @@ class Recipe(BaseModel):
     cache: Keys = Field(
         description="keys and values of earlier chunks: recompute them after an update, reuse what older "
         "adapters made, or take the base's own, which are never stale"
+    )
+    precision: Precision = Field(
+        "fp32",
+        description="of products with an fp32 base's weights, over many tokens on a CPU; auto: bf16 where it "
+        "has instructions for that",
     )
     guard: bool = Field(description="watch each update; skip what harms, roll back what did")
     # Sizes the user named: never shrunk to fit a base. Not a hyper-parameter, so not in the YAML.

@@ -5,18 +5,18 @@ since so many tokens leave no machine idle. The counterpart of `passes` and `dec
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from templora import kernels
 from templora.adapter import Adapter
 from templora.base import Base
 from templora.cache import PrefixLayer
 from templora.cross_entropy import texts_nll
+from templora.half import wanted
 from templora.recipe import Recipe
 from templora.rows import Rows
 from templora.stacked import Stack
@@ -43,6 +43,7 @@ class RowPasses:
     def __init__(self, base: Base, stack: Stack, plan: Plan, recipe: Recipe, size: int) -> None:
         self.base, self.stack, self.plan = base, stack, plan
         stays = recipe.cache != "recompute"
+        self._half = wanted(recipe.precision)
         self.adapted, self.bare = (Rows(size, plan, stays=stays, moved=base.rotary) for _ in range(2))
 
     def join(self, adapter: Adapter) -> None:
@@ -84,7 +85,7 @@ class RowPasses:
         prefix, place = self.adapted.prefix_of(index, context), self.adapted.places[index]
         start, stop = row.span.start, row.span.stop
         ids, labels = row.ids[start - 1 : stop - 1], row.ids[start:stop]
-        return self.base.nll(ids, labels, start - 1 - place.origin, prefix)
+        return self.base.nll(ids, labels, start - 1 - place.origin, prefix, half=self._half)
 
     @torch.no_grad()
     def logits(self, rows: Sequence[Row], offset: int) -> Tensor:
@@ -99,7 +100,7 @@ class RowPasses:
         ids = self._ids([row.tokens(at, tokens) for row, at in zip(rows, first, strict=True)])
         positions = cache.positions(cache.stop, tokens, self.base.device)
         mask = cache.mask(cache.stop, tokens, self.base.device)
-        with self.stack.attached(tokens), kernels.fast(ids.numel(), device=self.base.device):
+        with self.stack.attached(tokens), self._fast(ids.numel()):
             hidden = self.base.hidden(ids, positions, mask, cache.open())
             logits = self.base.head(hidden[:, -1:])[:, 0]
         cache.advance(tokens)
@@ -110,11 +111,14 @@ class RowPasses:
         ids = self._ids([row.tokens(row.span.start - 1, tokens + 1) for row in rows])  # [texts, tokens + 1]
         positions = cache.positions(cache.chunk, tokens, device)
         mask = cache.mask(cache.chunk, tokens, device)
-        with kernels.fast(positions.numel(), device=device):
+        with self._fast(positions.numel()):
             hidden = self.base.hidden(ids[:, :-1], positions, mask, prefix)
             nll = texts_nll(hidden, self.base.head, ids[:, 1:])
         cache.keep(prefix)
         return nll
+
+    def _fast(self, tokens: int) -> AbstractContextManager[object]:
+        return self.base.fast(tokens, half=self._half)
 
     def _enter(self, cache: Rows, rows: Sequence[Row]) -> None:
         """Make each text's window what it must be before its chunk."""
@@ -124,7 +128,7 @@ class RowPasses:
             ids = self._ids([[*sinks, *row.ids[row.span.visible : row.span.start - 1]]])
             positions = torch.arange(ids.shape[1], device=self.base.device).unsqueeze(0)
             under = nullcontext() if cache is self.bare else row.adapter.attached()
-            with torch.no_grad(), under, kernels.fast(ids.numel(), device=self.base.device):
+            with torch.no_grad(), under, self._fast(ids.numel()):
                 self.base.hidden(ids, positions, None, made)
             cache.fill(index, made)
 

@@ -23,6 +23,7 @@ from templora.memory import fits_in_memory
 from templora.metrics import Reading, Tally, count
 from templora.passes import Passes
 from templora.pen import Pen, Wishes
+from templora.probe import refuse_modes
 from templora.recipe import Recipe, fitted, refitted
 from templora.recipe import load as load_recipe
 from templora.sampling import Sampler, Sampling
@@ -50,7 +51,7 @@ class Session:
         seed: int = 0,
         **overrides: Any,
     ) -> None:
-        base.refuse_modes()
+        refuse_modes(base.device)
         if not -(2**63) <= seed < 2**63:
             raise InvalidRecipe(f"seed {seed} is too large; choose one of up to 18 digits")
         self.base, self.seed = base, int(seed)
@@ -315,4 +316,4 @@ class Session:
     def _check_open(self) -> None:
         if self._closed:
             raise SessionClosed("this session was discarded; make a new one with base.session()")
-        self.base.refuse_modes()
+        refuse_modes(self.base.device)

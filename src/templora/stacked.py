@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from templora.adapter import Adapter
 from templora.errors import UnsupportedModel
+from templora.half import times
 from templora.injection import standing_in
-from templora.kernels import FEWEST, is_fast, product
+from templora.kernels import FEWEST, is_fast, product, used
 from templora.probe import is_watched
 
 
@@ -135,7 +136,7 @@ class StackedFloatLinear(StackedLinear):
         """[…, in] to […, out], where … is [texts, tokens] or both of the whole pass in one."""
         rows, layer = self._by_text(x), self.layer
         way = _FastStacked if is_fast() and rows.shape[1] >= FEWEST else _Stacked
-        y: Any = way.apply(rows, layer.weight, layer.bias, self.a, self.b, self.scale)
+        y: Any = way.apply(rows, used(layer.weight), layer.bias, self.a, self.b, self.scale)
         return y.view(*x.shape[:-1], -1)
 
 
@@ -146,7 +147,7 @@ class _Stacked(torch.autograd.Function):
     ) -> Tensor:
         inner = torch.bmm(x, a.transpose(1, 2))  # [texts, tokens, rank]
         rows = x.reshape(-1, x.shape[-1])
-        y = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
+        y = times(rows, weight, bias)
         y.resize_(*x.shape[:-1], y.shape[-1])  # no view, see `lora_linear`
         y.baddbmm_(inner, b.transpose(1, 2), alpha=scale)
         ctx.save_for_backward(x, inner, weight, a, b)
@@ -160,7 +161,7 @@ class _Stacked(torch.autograd.Function):
         inner_slope = _add_gradients(ctx, slope, x, inner, b)
         x_slope = None
         if ctx.needs_input_grad[0]:
-            x_slope = (slope.view(-1, slope.shape[-1]) @ weight).view(x.shape)
+            x_slope = times(slope.view(-1, slope.shape[-1]), weight.T).view(x.shape)
             x_slope.baddbmm_(inner_slope, a, alpha=ctx.scale)
         return x_slope, None, None, None, None, None
 

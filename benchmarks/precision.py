@@ -1,0 +1,72 @@
+"""Learning with bf16 products against fp32's: time and NLL of the same chunks, by two sessions of one base.
+
+Recipe `default` but for `precision`, every chunk learned. The sessions learn each chunk in turn, so that what
+disturbs one side disturbs the other. `1b` is a random Llama of a billion parameters.
+"""
+
+from time import perf_counter
+from typing import Any
+
+from benchmarks import shapes
+from benchmarks.measure import Column, cases, in_child, parse, parser, ratio, save_table, sizes
+from benchmarks.willing import willing
+from templora.events import ChunkScored
+from templora.half import native
+
+SIDES = ("fp32", "bf16")
+WARM = 2  # chunks: weights are rounded at the first
+
+
+def measure(shape: str, window: int, chunk: int, chunks: int) -> dict[str, Any]:
+    """Seconds of each chunk, and nats of all of them, by side."""
+    base = shapes.base(shape)
+    ids = shapes.ids(shape, 1 + window + (WARM + chunks) * chunk)
+    given: dict[str, Any] = {"window": window, "context": window, "chunk": chunk, "seed": 1}
+    sessions = {side: willing(base.session(precision=side, **given)) for side in SIDES}
+    for session in sessions.values():
+        session.extend(ids[: 1 + window], "")
+        session.chunk = window // chunk  # the first chunks only fill the window
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    nll = dict.fromkeys(SIDES, 0.0)
+    for at in range(1 + window, len(ids), chunk):
+        for side, session in sessions.items():
+            session.extend(ids[at : at + chunk], "")
+            started = perf_counter()
+            events = list(session.learning())
+            seconds[side].append(perf_counter() - started)
+            nll[side] += sum(event.adapted_nll for event in events if isinstance(event, ChunkScored))
+    counted = {side: made[WARM:] for side, made in seconds.items()}
+    return {
+        "shape": shape,
+        "window": window,
+        "chunk": chunk,
+        "seconds": counted,
+        "faster": ratio(counted["fp32"], counted["bf16"]),
+        "nll": nll["bf16"] / nll["fp32"] - 1,
+    }
+
+
+def main() -> None:
+    """Measure and save."""
+    arguments = parser(__doc__ or "")
+    arguments.add_argument("--count", type=int, default=10, help="chunks of each base")
+    sizes(arguments, [*shapes.NAMES, "1b"], [512], [64], [*shapes.NAMES, "1b"])
+    wishes = parse(arguments)
+    count = wishes.count
+    if wishes.toy:
+        wishes.shapes, wishes.windows, wishes.chunks, count = ["novelist"], [64], [32], 3
+    results = [in_child(measure, *case, count) for case in cases(wishes)]
+    columns: dict[str, Column] = {
+        "base": lambda r: r["shape"],
+        "window": lambda r: str(r["window"]),
+        "chunk": lambda r: str(r["chunk"]),
+        "fp32, s a chunk": lambda r: f"{sorted(r['seconds']['fp32'])[len(r['seconds']['fp32']) // 2]:.2f}",
+        "bf16 is faster": lambda r: f"**{r['faster'].text(' ×')}**",
+        "NLL": lambda r: f"{r['nll']:+.3%}",
+        "instructions": lambda _: "yes" if native() else "no",
+    }
+    save_table(wishes.out, "precision", results, columns)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""bf16 products in an fp32 base's place: near to those, for its frozen layers alone, nothing else touched."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import templora
+from templora import half, kernels
+from templora.events import ChunkScored
+from templora.half import Halves, times, wanted
+from templora.kernels import Fast, used
+from templora.parallel import twin_of
+from templora.testing import ByteTokenizer, tiny_llama
+
+PROSE = "The tide came in twice that night, and twice the keeper rowed out to look for the boy. " * 6
+SIZES: dict[str, Any] = {"window": 48, "context": 48, "chunk": 32, "seed": 3}
+ROUNDING = 2**-7  # of a number that was rounded to bf16, times another
+
+
+@pytest.fixture(autouse=True)
+def small_weights_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models of these tests are tiny."""
+    monkeypatch.setattr(half, "SMALLEST", 1)
+
+
+def rows(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def near(a: Tensor, b: Tensor) -> bool:
+    return not torch.equal(a, b) and float((a - b).norm()) < ROUNDING * float(b.norm())
+
+
+def base(**changes: Any) -> templora.Base:
+    return templora.load(model=tiny_llama(**changes), tokenizer=ByteTokenizer())
+
+
+def scores(precision: str, recipe: str = "default", **changes: Any) -> list[float]:
+    session = base().session(recipe, precision=precision, **SIZES | changes)
+    return [e.adapted_nll for e in session.reading(PROSE) if isinstance(e, ChunkScored)]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_is_fp32s_up_to_rounding(bias: bool) -> None:
+    x, weight, shift = rows(40, 24), rows(16, 24), rows(16) if bias else None
+    exact = functional.linear(x, weight, shift)
+    assert torch.equal(times(x, weight, shift), exact)
+    assert near(times(x, weight.bfloat16(), shift), exact)
+    assert near(times(rows(40, 16), weight.bfloat16().T), rows(40, 16) @ weight)
+    assert times(x, weight.bfloat16()).dtype == torch.float32
+
+
+def test_only_frozen_fp32_layers_have_copies_and_the_output_layer_has_none() -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    model.requires_grad_(False)
+    halves, layer = Halves(model), model.model.layers[0].mlp.up_proj
+    assert halves.of(layer.weight).dtype == torch.bfloat16
+    assert halves.of(layer.weight) is halves.of(layer.weight), "made once"
+    for kept in (model.lm_head.weight, model.model.norm.weight, layer.weight.detach().clone()):
+        assert halves.of(kept) is kept
+    layer.weight.requires_grad_(True)
+    assert halves.of(layer.weight) is layer.weight
+    assert not Halves(model.bfloat16())
+
+
+def test_a_copy_is_made_anew_when_its_weight_was_changed() -> None:
+    model = tiny_llama()
+    model.requires_grad_(False)
+    halves, layer = Halves(model), model.model.layers[0].mlp.up_proj
+    halves.of(layer.weight)
+    layer.weight.add_(1.0)
+    assert torch.equal(halves.of(layer.weight), layer.weight.bfloat16())
+
+
+def test_a_learner_beside_its_writer_shares_the_copies() -> None:
+    whole = base()
+    twin, name = twin_of(whole), "model.layers.0.mlp.up_proj.weight"
+    learns, writes = twin.model.get_parameter(name), whole.model.get_parameter(name)
+    assert twin.halves.of(learns) is whole.halves.of(writes)
+    assert twin.halves.of(learns).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_a_layer_takes_its_copy_while_such_a_pass_runs(wide: bool) -> None:
+    model = tiny_llama()
+    model.requires_grad_(False)
+    layer: nn.Linear = model.model.layers[0].mlp.up_proj
+    found: list[list[Tensor]] = []
+    for mode in (None, Fast(Halves(model), wide=wide)):
+        x = rows(2, 20, layer.in_features).requires_grad_()
+        if mode is None:
+            y = layer(x)
+        else:
+            with mode:
+                assert used(layer.weight).dtype == torch.bfloat16
+                assert kernels.is_fast() is wide
+                y, short = layer(x), layer(x[0, :1])
+            assert torch.equal(short, layer(x[0, :1])), "a single token is left to fp32"
+        found.append([y.detach(), *torch.autograd.grad(y.sin().sum(), x)])
+    assert used(layer.weight) is layer.weight
+    assert all(near(ours, exact) for exact, ours in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("recipe", ["default", "paper"])
+def test_a_text_is_scored_and_learned_nearly_as_in_fp32(
+    recipe: str, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "pays", lambda: wide)
+    changes: dict[str, Any] = {"dropout": 0.0, "learning_rate": 1e-3}
+    exact, ours = (scores(precision, recipe, **changes) for precision in ("fp32", "bf16"))
+    assert len(exact) > 10
+    assert ours != exact, "bf16 did not run"
+    assert ours == pytest.approx(exact, rel=2e-3)
+    still = scores("fp32", recipe, **changes | {"learning_rate": 0.0})
+    assert still[-1] - exact[-1] > 10 * abs(ours[-1] - exact[-1]), "learning must be far more than rounding"
+
+
+def test_several_texts_at_once_are_scored_as_each_alone() -> None:
+    texts = [PROSE, PROSE[9:200]]
+    found: dict[str, list[float]] = {}
+    for precision in ("fp32", "bf16"):
+        changes = SIZES | {"precision": precision}
+        batched = templora.score_batch(base(), texts, size=2, **changes)
+        alone = [templora.score(base(), text, **changes) for text in texts]
+        found[precision] = [scores.adapted.nll for scores in batched]
+        assert found[precision] == pytest.approx([scores.adapted.nll for scores in alone], rel=2e-3)
+    assert found["bf16"] != found["fp32"], "bf16 did not run"
+
+
+def test_at_rate_zero_base_and_adapter_have_the_same_bits_and_the_base_keeps_its_own() -> None:
+    model = base()
+    before = model.fingerprint()
+    session = model.session(precision="bf16", learning_rate=0.0, **SIZES)
+    for event in session.reading(PROSE, score_base=True):
+        assert isinstance(event, ChunkScored)
+        assert event.adapted_nll == event.base_nll
+    assert session.base.fingerprint() == before
+
+
+def test_auto_is_what_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has in (True, False):
+        monkeypatch.setattr(half, "native", lambda has=has: has)
+        assert wanted("auto") is has
+    assert wanted("bf16")
+    assert not wanted("fp32")
