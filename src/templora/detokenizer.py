@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from templora.base import Base
 
 TAIL = 8  # tokens: more than any character spans
+SPACE, SPACES = " ", " Ġ▁"  # and how tokenizers write one inside a token
+REACH = 256  # characters of a text's end: more than decide about its last token
 UNFINISHED = "\ufffd"  # what a character decodes to before its last byte has come
 
 
@@ -22,7 +24,8 @@ def open_ended(base: "Base", text: str) -> list[int]:
     """Token ids of a text that goes on.
 
     Many tokenizers cut the white space at the very end of a text otherwise than before a word. To a model two
-    line breaks in one token say that a third, or an indented line, comes next; and so it would go on.
+    line breaks in one token say that a third, or an indented line, comes next; and so it would go on. And a
+    space at the end is a token that no word follows, since words bring their own: it is left out (`owed`).
 
     Raises:
         InvalidText: it holds halves of characters.
@@ -30,8 +33,24 @@ def open_ended(base: "Base", text: str) -> list[int]:
     ids = base.encode(text)
     if not text[-1:].isspace():
         return ids
-    before = base.encode(text + "a")[:-1]
-    return before if before and base.decode(before) == base.decode(ids) else ids
+    before, whole = base.encode(text + "a")[:-1], base.decode(ids)
+    return before if before and whole in (base.decode(before), base.decode(before) + SPACE) else ids
+
+
+def owed(base: "Base", ids: Sequence[int], text: str) -> str:
+    """The space that a text ends with and its tokens do not: what comes next must bring it."""
+    if not text.endswith(SPACE) or not base.has_tokenizer:
+        return ""
+    end = text[-REACH:]
+    before = open_ended(base, end)
+    left_out = base.decode(before) + SPACE == base.decode(base.encode(end))
+    return SPACE if left_out and before[-1:] == list(ids[-1:]) else ""
+
+
+def word_starts(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that are a space and something after it."""
+    tokens: Any = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return {n for n, token in enumerate(tokens) if token and token[0] in SPACES and token.strip(SPACES)}
 
 
 class Detokenizer:

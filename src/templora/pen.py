@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from templora.base import Base
-from templora.detokenizer import Detokenizer
+from templora.detokenizer import Detokenizer, owed, word_starts
 from templora.errors import InvalidText
 from templora.events import End, Event
 from templora.metrics import Tally, count
@@ -40,31 +40,33 @@ class Wishes:
 
 @dataclass(slots=True)
 class Pen:
-    """One call of `write` on one text. ids: the text so far. reason: why it ended, "tokens" until it did."""
+    """One call of `write` on one text. ids, text: so far. reason: why it ended, "tokens" until it did."""
 
     base: Base
     wishes: Wishes
     ids: Sequence[int]
+    text: InitVar[str]
     written: int = 0
     reason: str = "tokens"
-    processors: LogitsProcessorList = field(init=False)
+    _processors: LogitsProcessorList = field(init=False)
     _detokenizer: Detokenizer | None = field(init=False)
     _eos: list[int] = field(init=False)
     _tail: str = ""
+    _owed: str = ""
     _longest: int = 0
     _started: float = field(default_factory=time.perf_counter)
     _scored: tuple[Tally, Tally] = field(default_factory=lambda: (Tally(), Tally()))
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, text: str) -> None:
         base, wishes = self.base, self.wishes
         self._eos = base.eos_ids
         banned = [] if wishes.stop_at_eos else self._eos
-        self.processors = (
+        self._processors = (
             wishes.sampling.processors(banned, str(base.device))
             if wishes.processors is None
             else wishes.processors
         )
-        self.follow(self.ids)
+        self.follow(self.ids, text)
         self._longest = max(map(len, wishes.stop), default=0)
 
     @property
@@ -72,9 +74,19 @@ class Pen:
         """Whether the likeliest token is taken."""
         return self.wishes.sampling.temperature == 0
 
-    def follow(self, ids: Sequence[int]) -> None:
-        """The text has become another one, as by an undo: go on after these ids."""
-        self.ids, self._tail = ids, ""
+    @property
+    def processors(self) -> LogitsProcessorList:
+        """What is done to the logits of the next token."""
+        if not self._owed:
+            return self._processors
+        words = word_starts(self.base.tokenizer)
+        others = [token for token in range(self.base.vocabulary) if token not in words | set(self._eos)]
+        only = SuppressTokensLogitsProcessor(others, device=str(self.base.device))
+        return LogitsProcessorList([only, *self._processors] if words else self._processors)
+
+    def follow(self, ids: Sequence[int], text: str) -> None:
+        """The text has become another one, as by an undo: go on after this one."""
+        self.ids, self._tail, self._owed = ids, "", owed(self.base, ids, text)
         self._detokenizer = Detokenizer(self.base.tokenizer, ids) if self.base.has_tokenizer else None
 
     def shown(self, visible: int) -> Sequence[int]:
@@ -95,6 +107,8 @@ class Pen:
             self.reason = "eos"
             return None
         piece = self._detokenizer.step(token) if self._detokenizer else ""
+        if piece:  # the space that it brings may stand in the text already
+            piece, self._owed = piece.removeprefix(self._owed), ""
         self.written += 1
         self._tail = (self._tail + piece)[-self._longest - len(piece) :]
         if any(wanted in self._tail for wanted in self.wishes.stop):

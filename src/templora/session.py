@@ -15,7 +15,7 @@ from transformers import LogitsProcessorList
 
 from templora.adapter import Adapter
 from templora.base import Base
-from templora.detokenizer import open_ended
+from templora.detokenizer import open_ended, owed
 from templora.errors import InvalidRecipe, InvalidText, NeedsFolder, SessionClosed
 from templora.events import ChunkScored, ChunkWritten, Event, Token, Warned
 from templora.learner import Learner
@@ -107,7 +107,7 @@ class Session:
         self._check_open()
         if not text:
             raise InvalidText("the text is empty; give at least one character")
-        self.extend(open_ended(self.base, text), text)
+        self.extend(open_ended(self.base, owed(self.base, self.ids, self.text) + text), text)
         yield from self.learning(score_base=score_base)
 
     def learning(self, *, score_base: bool = False) -> Iterator[Event]:
@@ -171,7 +171,7 @@ class Session:
     def _write(self, wishes: Wishes) -> Iterator[Event]:
         if not self.ids:
             self._give(self._prefix, "")
-        pen, clock, moves = Pen(self.base, wishes, self.ids), time.perf_counter(), self._moves
+        pen, clock, moves = Pen(self.base, wishes, self.ids, self.text), time.perf_counter(), self._moves
         yield from self._announcements()
         while True:
             for event in self._finish_full_chunks(wishes.score_base, clock):
@@ -183,7 +183,7 @@ class Session:
             if moves != self._moves:
                 if not self.ids:
                     self._give(self._prefix, "")
-                pen.follow(self.ids)
+                pen.follow(self.ids, self.text)
                 moves = self._moves
             token = self._next_token(pen)
             piece = pen.take(token)

@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 from templora.base import Base
-from templora.detokenizer import Detokenizer
+from templora.detokenizer import SPACE, Detokenizer
 
 
 def sizes(base: Base, ids: Sequence[int], text: str) -> list[int]:
@@ -19,8 +19,15 @@ def sizes(base: Base, ids: Sequence[int], text: str) -> list[int]:
         return [*[0] * (len(ids) - 1), len(text)]
     detokenizer = Detokenizer(base.tokenizer)
     pieces = [detokenizer.step(token) for token in ids]
-    if "".join(pieces) == text:
-        return [len(piece) for piece in pieces]
+    found, joined = [len(piece) for piece in pieces], "".join(pieces)
+    if joined == text:
+        return found
+    # The text before may owe the first token's space already, and the next token bring this one's last.
+    if (words := text.strip(SPACE)) and joined.strip(SPACE) == words:
+        first = next(place for place, piece in enumerate(pieces) if piece)
+        found[first] += text.index(words) - joined.index(words)
+        found[-1] += len(text) - sum(found)
+        return found
     return _offsets(base, ids, text)
 
 
