@@ -1,5 +1,6 @@
 """The guard: first its judgement on plain numbers, then real attacks on a real base."""
 
+import json
 import math
 import random
 from pathlib import Path
@@ -96,6 +97,18 @@ def test_own_text_is_learned_only_near_the_base_and_given_text_widens_that() -> 
     assert drifted.keep == pytest.approx(0.5), "a quarter of the KL is half of the scale"
     assert guard.judge(page(3), 64, 3.0, 3.4, 0) == Verdict(), "given text may teach as much as it can"
     assert guard.judge(page(4), 64, 3.0, 3.4, 64) == Verdict()
+
+
+def test_short_chunks_of_own_text_are_judged_together() -> None:
+    guard, line = Guard(), 16
+    for number in range(3):
+        assert guard.judge(page(number)[:line], line, 3.0, 3.0 + 8 * OWN_DRIFT, line) == Verdict()
+    again = Guard()
+    again.load_state(json.loads(json.dumps(guard.state())))
+    drifted = again.judge(page(3)[:line], line, 3.0, 3.0 - 8 * OWN_DRIFT, line)
+    assert drifted.reason == "drift"
+    assert drifted.keep == pytest.approx(0.5), "24 - 8 over four is 4"
+    assert again.judge(page(4)[:line], line, 3.0, 3.0 + 8 * OWN_DRIFT, line) == Verdict(), "counted anew"
 
 
 def test_own_text_may_repeat_itself_less_than_given_text_and_pulls_the_adapter_back() -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from templora.formats.bilingual import Segment
 from templora.journal import sealed
 from templora.tasks.checks import MEANS, problem
 from templora.tasks.passages import assembled, blocks
-from templora.tasks.translate import Passage, Translator
+from templora.tasks.translate import Passage, Translated, Translator
 from templora.template import load
 from templora.testing import ByteTokenizer, ScriptedModel, tiny_llama
 from tests import plain_loop
@@ -170,6 +171,29 @@ def test_what_fails_its_check_is_kept_and_not_learned(writes: str, source: str, 
     )
     assert [e.message for e in of(Warned, events)] == says
     assert [e.reason for e in of(ChunkSkipped, events)] == (["check"] if reason and writes else [])
+
+
+@pytest.mark.parametrize(("shown", "reason"), [(False, None), (True, "runaway")])
+def test_without_an_example_a_translation_ends_with_as_many_lines_as_its_source(
+    shown: bool, reason: str | None
+) -> None:
+    line = ByteTokenizer().encode("\nA dog")
+    endless = dict(zip(line, [*line[1:], line[0]], strict=True))
+    made = translator(templora.load(model=ScriptedModel(endless), tokenizer=ByteTokenizer()))
+    pairs = (("Eins.", "One."),) if shown else ()
+    (done,) = of(PassageTranslated, made.translate(Passage("Ein Hund lief.", context=pairs)))
+    assert done.problem == reason
+    assert (done.target == "A dog") is not shown
+
+
+def test_a_translation_that_failed_is_no_example_for_the_next() -> None:
+    base = tiny_base(max_position_embeddings=512)
+    made = translator(base, pairs=1, window=256, context=256)
+    good = Translated("Suo Mian kam.", "Su Mian came.", "own", base=True, learned=True)
+    made.take_up([good, replace(good, source="Er ging.", target="Er ging.", learned=False)])
+    prompt = base.decode(made._prompt(Passage("Das Meer war still."))[0])
+    assert "English:\nSu Mian came.\n\nGerman:\nDas Meer" in prompt
+    assert "Er ging." not in prompt
 
 
 @pytest.mark.parametrize(

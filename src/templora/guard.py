@@ -9,7 +9,7 @@ Four ways to go wrong, four rules:
    learns nothing any more would go on looping for ever.
 3. The model's own text is learned only while the adapter stays close to the base; past that the adapter is
    pulled back. Own tokens are drawn from the adapter, so base NLL minus adapted NLL on them estimates
-   KL(adapter || base).
+   KL(adapter || base); on the few tokens of one line that is chance, so short chunks are judged together.
 4. An adapter that does worse than the base on text it had not learned goes back to its last good version. A
    few strange sentences are enough for that, and no reason to forget a book: it goes back to the base only
    where that version is clearly worse by now, or does no better either.
@@ -32,6 +32,7 @@ LEAST_DISTINCT = 0.5  # share of 4-grams that differ; prose has above 0.9, table
 OWN_LOOK_BACK, OWN_LEAST_DISTINCT = 1024, 0.8
 LOOP_SHRINK = 0.5  # what is left of the adapter after a chunk of its own that repeats itself
 OWN_DRIFT = 0.2  # nats per token that own text may move the adapter from the base
+OWN_ENOUGH = 64  # own tokens, before how far they have moved it means anything
 LARGEST_LOSS = 30.0  # nats, added up over chunks, that the adapter may lose against the base
 CLEARLY = 0.5  # nats per token of a chunk: what the last good version loses there if it is given up at once
 RECOVERY = 1.05  # a learning rate that was lowered comes back by this factor at each chunk that gains
@@ -56,8 +57,9 @@ class Guard:
     usual: adapted NLL per token of chunks that were learned. lost: nats that the adapter has lost against the
     base and not made good since (a CUSUM: it never falls below 0). skipped: tokens left out as noise in a
     row. own: the last tokens of chunks that the model wrote. allowed: how far from the base own text may
-    move the adapter; what given text has taught it widens this. rate: what learning rates are multiplied by.
-    went_back: and has not been good since.
+    move the adapter; what given text has taught it widens this. drifted: nats and tokens of own chunks that
+    are still too few to be judged. rate: what learning rates are multiplied by. went_back: and has not been
+    good since.
     """
 
     usual: deque[float] = field(default_factory=lambda: deque[float](maxlen=HISTORY))
@@ -65,6 +67,7 @@ class Guard:
     skipped: int = 0
     own: deque[int] = field(default_factory=lambda: deque[int](maxlen=OWN_LOOK_BACK))
     allowed: float = OWN_DRIFT
+    drifted: tuple[float, int] = (0.0, 0)
     rate: float = 1.0
     went_back: bool = False
 
@@ -94,13 +97,20 @@ class Guard:
         self.usual.append(adapted)
         if base is None:
             return Verdict()
-        gain = base - adapted
-        if not is_own:
-            self.allowed = max(self.allowed, gain + OWN_DRIFT)
-        elif gain > self.allowed:
-            # What a LoRA update adds grows with its scale, and KL with the square of that.
-            return Verdict("drift", (self.allowed / gain) ** 0.5)
+        if is_own:
+            return self._drift(tokens, base - adapted)
+        self.allowed = max(self.allowed, base - adapted + OWN_DRIFT)
         return Verdict()
+
+    def _drift(self, tokens: int, gain: float) -> Verdict:
+        nats, counted = self.drifted
+        mean = (nats + gain * tokens) / (counted + tokens) if counted else gain
+        counted += tokens
+        self.drifted = (mean * counted, counted) if counted < OWN_ENOUGH else (0.0, 0)
+        if counted < OWN_ENOUGH or mean <= self.allowed:
+            return Verdict()
+        # What a LoRA update adds grows with its scale, and KL with the square of that.
+        return Verdict("drift", (self.allowed / mean) ** 0.5)
 
     def must_go_back(self, adapted: float, base: float) -> bool:
         """Note a chunk's NLL under both, in nats; whether the adapter has done enough harm."""
@@ -137,6 +147,7 @@ class Guard:
             "skipped": self.skipped,
             "own": list(self.own),
             "allowed": self.allowed,
+            "drifted": list(self.drifted),
             "rate": self.rate,
             "went_back": self.went_back,
         }
@@ -148,6 +159,8 @@ class Guard:
         self.lost, self.skipped = state["lost"], state["skipped"]
         self.allowed, self.rate = state["allowed"], state["rate"]
         self.went_back = state.get("went_back", False)
+        nats, tokens = state.get("drifted", (0.0, 0))
+        self.drifted = float(nats), int(tokens)
 
     def _is_noise(self, adapted: float) -> bool:
         if not adapted < float("inf"):

@@ -7,6 +7,7 @@ person's correction or a reference, if there is one → score → learn, labels 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,7 @@ class Translator:
         self.end = self.template.end_ids(self.session.base)
         self._tokens = 0  # of translations so far
         self._cut_before = False
+        self._has_example = False  # the prompt of the passage that is being drafted
 
     def run(self, passages: Iterable[Passage]) -> Iterator[Event]:
         """Translate each, learning on the way.
@@ -193,8 +195,10 @@ class Translator:
         """The prompt, cut from its old end to fit the window: first whole pairs, then tokens."""
         context = passage.context
         if context is None:
-            before = self.done[max(0, len(self.done) - self.pairs) :] if self.pairs else []
-            context = tuple((record.source, record.target) for record in before if record.target.strip())
+            # A translation that failed would be an example of how to fail.
+            good = islice((record for record in reversed(self.done) if record.learned), self.pairs)
+            context = tuple((record.source, record.target) for record in [*good][::-1])
+        self._has_example = bool(context)
         base, window = self.session.base, self.session.plan.window
         chat = self.template.end is None
         while True:
@@ -220,14 +224,18 @@ class Translator:
         assert self.sampling is not None
         tries = (self.sampling, replace(self.sampling, **RETRY))
         drafts: list[tuple[str, str | None]] = []
+        # Nothing but an example says how a translation ends; without one it has as many lines as its source.
+        lines = None if self._has_example else source.strip().count("\n") + 1
         for sampling in tries:
-            text, ended = self._generate(number, prompt, sampling)
+            text, ended = self._generate(number, prompt, sampling, lines)
             drafts.append((text, problem(source, text, ended=ended)))
             if drafts[-1][1] is None:
                 return drafts[-1]
         return max(drafts, key=lambda draft: draft[1] != "empty")
 
-    def _generate(self, number: int, prompt: list[int], sampling: Sampling) -> tuple[str, bool]:
+    def _generate(
+        self, number: int, prompt: list[int], sampling: Sampling, lines: int | None
+    ) -> tuple[str, bool]:
         session = self.session
         eos, end = set(session.base.eos_ids), self.template.end
         processors = sampling.processors([], str(session.base.device))
@@ -244,4 +252,6 @@ class Translator:
             begin = len(text) - len(text.lstrip())
             if end is not None and (stop := text.find(end, begin)) >= 0:
                 return text[:stop].strip(), True
+            if end is not None and lines and text.count("\n", begin) >= lines:
+                return "\n".join(text[begin:].split("\n")[:lines]).strip(), True
         return text.strip(), False
