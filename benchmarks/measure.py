@@ -24,7 +24,8 @@ from templora.bench.tables import table
 from templora.sampling import Sampling
 
 Column = Callable[[Mapping[str, Any]], str]
-GREEDY = Sampling(temperature=0.0, repetition_penalty=1.0)  # and no DRY, whatever a base's own settings say
+# Whatever a base's own settings say.
+GREEDY = Sampling(temperature=0.0, repetition_penalty=1.0, dry_multiplier=0.0)
 OUT = Path(__file__).parent.parent / "docs" / "benchmarks"
 
 

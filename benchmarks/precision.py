@@ -18,7 +18,7 @@ WARM = 2  # chunks: weights are rounded at the first
 
 
 def measure(shape: str, window: int, chunk: int, chunks: int) -> dict[str, Any]:
-    """Seconds of each chunk, and nats of all of them, by side."""
+    """Seconds of each chunk by side, and how far apart their NLLs are over all chunks."""
     base = shapes.base(shape)
     ids = shapes.ids(shape, 1 + window + (WARM + chunks) * chunk)
     given: dict[str, Any] = {"window": window, "context": window, "chunk": chunk, "seed": 1}
@@ -27,14 +27,17 @@ def measure(shape: str, window: int, chunk: int, chunks: int) -> dict[str, Any]:
         session.extend(ids[: 1 + window], "")
         session.chunk = window // chunk  # the first chunks only fill the window
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    nll = dict.fromkeys(SIDES, 0.0)
+    nats = {side: {"base": 0.0, "adapted": 0.0} for side in SIDES}
     for at in range(1 + window, len(ids), chunk):
         for side, session in sessions.items():
             session.extend(ids[at : at + chunk], "")
             started = perf_counter()
-            events = list(session.learning())
+            events = list(session.learning(score_base=True))
             seconds[side].append(perf_counter() - started)
-            nll[side] += sum(event.adapted_nll for event in events if isinstance(event, ChunkScored))
+            (scored,) = (event for event in events if isinstance(event, ChunkScored))
+            assert scored.base_nll is not None
+            nats[side]["base"] += scored.base_nll
+            nats[side]["adapted"] += scored.adapted_nll
     counted = {side: made[WARM:] for side, made in seconds.items()}
     return {
         "shape": shape,
@@ -42,7 +45,7 @@ def measure(shape: str, window: int, chunk: int, chunks: int) -> dict[str, Any]:
         "chunk": chunk,
         "seconds": counted,
         "faster": ratio(counted["fp32"], counted["bf16"]),
-        "nll": nll["bf16"] / nll["fp32"] - 1,
+        "apart": {who: nats["bf16"][who] / nats["fp32"][who] - 1 for who in ("base", "adapted")},
     }
 
 
@@ -62,7 +65,8 @@ def main() -> None:
         "chunk": lambda r: str(r["chunk"]),
         "fp32, s a chunk": lambda r: f"{sorted(r['seconds']['fp32'])[len(r['seconds']['fp32']) // 2]:.2f}",
         "bf16 is faster": lambda r: f"**{r['faster'].text(' ×')}**",
-        "NLL": lambda r: f"{r['nll']:+.3%}",
+        "NLL of the base": lambda r: f"{r['apart']['base']:+.3%}",
+        "of the adapter": lambda r: f"{r['apart']['adapted']:+.3%}",
         "instructions": lambda _: "yes" if native() else "no",
     }
     save_table(wishes.out, "precision", results, columns)

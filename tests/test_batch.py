@@ -30,7 +30,7 @@ TEXT = " ".join((Path(__file__).parent.parent / "LICENSE").read_text("utf-8").sp
 DOCUMENTS = [TEXT[:300], TEXT[300:560], TEXT[100:110], "", TEXT[40:88], TEXT[900:1110]]
 PROMPTS = [TEXT[:300], TEXT[300:321], TEXT[900:1110], "x"]
 SIZES: dict[str, Any] = {"window": 32, "chunk": 16, "context": 32}
-GREEDY = Sampling(temperature=0.0, repetition_penalty=None, top_p=None)
+GREEDY = Sampling(temperature=0.0, repetition_penalty=None, top_p=None, dry_multiplier=None)
 ROUNDING = 1e-4
 
 

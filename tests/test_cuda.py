@@ -16,7 +16,7 @@ from templora.testing import ByteTokenizer, tiny_llama
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 TEXT = (Path(__file__).parent.parent / "LICENSE").read_text("utf-8")
 SIZES: dict[str, Any] = {"window": 64, "chunk": 16, "context": 64}
-GREEDY = Sampling(temperature=0.0, repetition_penalty=None, top_p=None)
+GREEDY = Sampling(temperature=0.0, repetition_penalty=None, top_p=None, dry_multiplier=None)
 RECIPES = pytest.mark.parametrize("recipe", ["default", "paper"])
 
 

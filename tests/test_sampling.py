@@ -16,7 +16,12 @@ from templora.testing import tiny_llama
 
 MODEL: Any = tiny_llama()
 VISIBLE = [1, 2, 3, 3, 9]
-OFF: dict[str, Any] = {"temperature": 1.0, "top_p": None, "repetition_penalty": None}
+OFF: dict[str, Any] = {
+    "temperature": 1.0,
+    "top_p": None,
+    "repetition_penalty": None,
+    "dry_multiplier": None,
+}
 
 
 def logits(seed: int) -> Tensor:
@@ -53,7 +58,7 @@ def test_a_draw_leaves_torchs_generator_alone() -> None:
 
 def test_greedy_takes_the_likeliest() -> None:
     expected = [int(logits(i).argmax()) for i in range(20)]
-    plain = Sampling(temperature=0, top_p=None, repetition_penalty=None)
+    plain = Sampling(temperature=0, top_p=None, repetition_penalty=None, dry_multiplier=None)
     assert draws(7, 20, plain, greedy=True) == expected
 
 
@@ -158,7 +163,7 @@ def test_the_filters_come_in_transformers_order() -> None:
         "min_p": 0.05,
         "repetition_penalty": 1.1,
     }
-    ours = [type(p) for p in Sampling(**every).processors(banned=[256])]
+    ours = [type(p) for p in Sampling(**every, dry_multiplier=0).processors(banned=[256])]
     assert ours == [type(p) for p in theirs(**every, suppress_tokens=[256])]
 
 
@@ -171,12 +176,13 @@ def test_what_is_banned_is_never_drawn(seed: int) -> None:
     assert Sampler(seed).draw(scores, VISIBLE, processors, greedy=True) == 6
 
 
-def test_at_temperature_0_only_the_penalty_and_the_ban_remain() -> None:
+def test_at_temperature_0_only_the_penalties_and_the_ban_remain() -> None:
     every = Sampling(temperature=0, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=1.2)
     names = [type(p).__name__ for p in every.processors(banned=[1])]
-    assert names == ["RepetitionPenaltyLogitsProcessor", "SuppressTokensLogitsProcessor"]
-    dry = Sampling(temperature=0, dry_multiplier=0.8).processors()
-    assert "DryLogitsProcessor" in [type(p).__name__ for p in dry]
+    penalties = ["RepetitionPenaltyLogitsProcessor", "DryLogitsProcessor"]
+    assert names == [*penalties, "SuppressTokensLogitsProcessor"]
+    plain = Sampling(temperature=0, dry_multiplier=0, repetition_penalty=1).processors()
+    assert not list(plain)
 
 
 @pytest.mark.parametrize(

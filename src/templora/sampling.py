@@ -34,15 +34,16 @@ class Sampling:
     """How the next token is drawn; the names and meanings are transformers', those of DRY llama.cpp's.
 
     temperature 0 takes the likeliest token. None leaves a filter out. The repetition penalty and DRY look
-    at the visible window and the chunk so far, as everything else does.
+    at the visible window and the chunk so far, as everything else does. In that, a larger repetition penalty
+    falls on every common word and comma, and ends in a salad of rare ones; without DRY a smaller one loops.
     """
 
     temperature: float = 0.8
     top_k: int | None = None
     top_p: float | None = 0.95
     min_p: float | None = None
-    repetition_penalty: float | None = 1.1
-    dry_multiplier: float | None = None
+    repetition_penalty: float | None = 1.05
+    dry_multiplier: float | None = 0.8
     dry_base: float = 1.75
     dry_allowed_length: int = 2
 
