@@ -3,17 +3,18 @@
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import templora
 from templora.detokenizer import Detokenizer, open_ended, owed
 from templora.loading import EMBEDDED, load_pretrained
-from templora.testing import ByteTokenizer
+from templora.testing import ByteTokenizer, tiny_llama
 
 BYTES = ByteTokenizer()
 
@@ -170,6 +171,37 @@ def test_after_a_space_comes_a_word_that_brings_it(text: str, own: bool) -> None
         assert base.decode([tokens[0].id]) == " " + tokens[0].text
         assert tokens[0].text.strip()
         assert session.text == text + "".join(token.text for token in tokens) == base.decode(session.ids)
+
+
+def of_llama(spaces: str) -> templora.Base:
+    """A tokenizer that marks spaces as Llama 2's does, by its normalizer, or as later ones do."""
+    made: Any = Tokenizer(models.BPE(byte_fallback=True))
+    made.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    if spaces == "normalizer":
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=spaces)
+    bytes_too = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<s>", *bytes_too], show_progress=False)
+    made.train_from_iterator(["A small cat sat. It was noon. So it sat."] * 3, trainer)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(steps)  # pyright: ignore[reportArgumentType]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>")
+    first: dict[str, int] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    return templora.load(model=tiny_llama(vocab_size=len(tokenizer), **first), tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("spaces", ["normalizer", "first", "always", "never"])
+def test_who_marks_spaces_as_llama_does_is_given_them_once(spaces: str) -> None:
+    base, parts = of_llama(spaces), ["A small ", "cat sat. ", "It was ", "noon. ", "So", " it s", "at."]
+    session = base.session(window=32, context=32, chunk=16)
+    for part in parts:
+        session.read(part)
+    assert session.text == "".join(parts) == base.decode(session.ids)
+    session = base.session(window=32, context=32, chunk=16)
+    session.read("It was ")
+    written = "".join(event.text for event in session.write(3) if event.kind == "token")
+    assert session.text == "It was " + written == base.decode(session.ids)
 
 
 def test_a_text_given_in_pieces_is_cut_as_the_whole() -> None:

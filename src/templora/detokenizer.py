@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from templora.base import Base
 
 TAIL = 8  # tokens: more than any character spans
-SPACE, SPACES = " ", " Ġ▁"  # and how tokenizers write one inside a token
+SPACE, LINE, SPACES = " ", "\n", " Ġ▁"  # and how tokenizers write one inside a token
 REACH = 256  # characters of a text's end: more than decide about its last token
 UNFINISHED = "\ufffd"  # what a character decodes to before its last byte has come
 
@@ -45,6 +45,19 @@ def owed(base: "Base", ids: Sequence[int], text: str) -> str:
     before = open_ended(base, end)
     left_out = base.decode(before) + SPACE == base.decode(base.encode(end))
     return SPACE if left_out and before[-1:] == list(ids[-1:]) else ""
+
+
+def continuing(base: "Base", before: Sequence[int], text: str, new: str) -> list[int]:
+    """`open_ended` ids of a text that goes on after another. before, text: of that, so far."""
+    space, last = owed(base, before, text), list(before[-TAIL:])
+    wanted = (base.decode(last) + space + new).rstrip(SPACE)
+    ids = open_ended(base, space + new)
+    if not text or base.decode(last + ids).rstrip(SPACE) == wanted:
+        return ids
+    # Llama 2's tokenizer and its like put a space before whatever they are given.
+    begin, whole = base.encode(LINE), open_ended(base, LINE + space + new)
+    others = [open_ended(base, new), *([whole[len(begin) :]] if whole[: len(begin)] == begin else [])]
+    return next((o for o in others if base.decode(last + o).rstrip(SPACE) == wanted), ids)
 
 
 def word_starts(tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -15,7 +15,7 @@ from transformers import LogitsProcessorList
 
 from templora.adapter import Adapter
 from templora.base import Base
-from templora.detokenizer import open_ended, owed
+from templora.detokenizer import continuing
 from templora.errors import InvalidRecipe, InvalidText, NeedsFolder, SessionClosed
 from templora.events import ChunkScored, ChunkWritten, Event, Token, Warned
 from templora.learner import Learner
@@ -107,7 +107,7 @@ class Session:
         self._check_open()
         if not text:
             raise InvalidText("the text is empty; give at least one character")
-        self.extend(open_ended(self.base, owed(self.base, self.ids, self.text) + text), text)
+        self.extend(continuing(self.base, self.ids, self.text, text), text)
         yield from self.learning(score_base=score_base)
 
     def learning(self, *, score_base: bool = False) -> Iterator[Event]:
