@@ -230,7 +230,12 @@ def test_on_disk_a_space_that_is_owed_outlives_the_session(tmp_path: Path) -> No
     assert session.text == ""
     session.redo()
     session.edit(13, 17, "a ")
-    assert session.text == "He looked at a " + "".join(texts)
+    assert session.text == "He looked at a " + "".join(texts) == base.decode(session.ids)
+    first = len("He looked at a ")
+    session.edit(first, first + len(texts[0]), "cat")
+    assert session.text == "He looked at a cat" + "".join(texts[1:]) == base.decode(session.ids)
+    session.edit(13, 15, "the ")
+    assert session.text == "He looked at the cat" + "".join(texts[1:]) == base.decode(session.ids)
     session.rewind(0)
     session.read("He ")
     session.rewind(len(session.ids))

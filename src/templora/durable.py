@@ -20,7 +20,7 @@ from templora.recipe import Recipe
 from templora.replay import Replay
 from templora.sampling import Sampler
 from templora.session import Session
-from templora.sizes import sizes
+from templora.sizes import sizes, spliced
 from templora.store import BUDGET, Store
 from templora.versions import Pace, Version
 from templora.window import Span
@@ -108,7 +108,7 @@ class DurableSession(Session):
         self._check_open()
         if not self.ids:
             self._give(self._prefix, "")
-        encoded = lambda new: (ids := self.base.encode(new), sizes(self.base, ids, new))  # noqa: E731
+        encoded = lambda *new: spliced(self.base, self.store.history, *new)  # noqa: E731
         self._move(lambda: self.store.edit(start, end, text, encoded=encoded, least=len(self._prefix)))
         yield from self.learning(score_base=score_base)
 

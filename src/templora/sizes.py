@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from templora.base import Base
-from templora.detokenizer import SPACE, Detokenizer
+from templora.detokenizer import SPACE, TAIL, Detokenizer, continuing, owed
+
+if TYPE_CHECKING:
+    from templora.history import History
 
 
 def sizes(base: Base, ids: Sequence[int], text: str) -> list[int]:
@@ -29,6 +32,20 @@ def sizes(base: Base, ids: Sequence[int], text: str) -> list[int]:
         found[-1] += len(text) - sum(found)
         return found
     return _offsets(base, ids, text)
+
+
+def spliced(base: Base, history: "History", new: str, start: int, stop: int) -> tuple[list[int], list[int]]:
+    """Ids and sizes of a text that takes the place of the tokens [start, stop)."""
+    whole, before, after = history.text.getvalue(), history.ids[:start], history.ids[stop:]
+    text, follows = whole[: history.end(start)], whole[history.end(stop) :]
+    if not after:
+        ids = continuing(base, before, text, new)
+    else:
+        # The next word may bring the space that stands before it.
+        brings = base.decode(after[:TAIL]).startswith(SPACE) and not follows.startswith(SPACE)
+        own = new.removesuffix(SPACE) if brings else new
+        ids = base.encode(owed(base, before, text) + own) if own else []
+    return ids, sizes(base, ids, new)
 
 
 def _offsets(base: Base, ids: Sequence[int], text: str) -> list[int]:

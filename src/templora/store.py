@@ -20,7 +20,7 @@ from templora.versions import Version, Versions
 from templora.window import Span
 
 BUDGET = 1 << 30  # bytes that the versions of a session may take
-Encoder = Callable[[str], tuple[list[int], list[int]]]
+Encoder = Callable[[str, int, int], tuple[list[int], list[int]]]
 
 
 class Store:
@@ -124,7 +124,8 @@ class Store:
         """Replace the characters [start, end) by `text`; tokens after them stay as they are.
 
         Args:
-            encoded: makes ids and sizes of a text. least: tokens at the beginning that never change.
+            encoded: makes ids and sizes of a text that takes the place of the tokens from one number up to
+                another. least: tokens at the beginning that never change.
 
         Raises:
             NoSuchMoment: the text has no such characters.
@@ -140,7 +141,7 @@ class Store:
         new = whole[history.end(keep) : start] + text + whole[end : history.end(rest)]
         runs = history.runs(rest)
         if new:
-            ids, sizes = encoded(new)
+            ids, sizes = encoded(new, keep, rest)
             runs.insert(0, (GIVEN, ids, new, sizes))
         self._note({"op": "edit", "tokens": keep, "runs": runs})
 
