@@ -109,6 +109,8 @@ def test_short_chunks_of_own_text_are_judged_together() -> None:
     assert drifted.reason == "drift"
     assert drifted.keep == pytest.approx(0.5), "24 - 8 over four is 4"
     assert again.judge(page(4)[:line], line, 3.0, 3.0 + 8 * OWN_DRIFT, line) == Verdict(), "counted anew"
+    assert again.must_go_back(2 * LARGEST_LOSS, 0.0)
+    assert again.drifted == (0.0, 0), "of an adapter that is no more"
 
 
 def test_own_text_may_repeat_itself_less_than_given_text_and_pulls_the_adapter_back() -> None:

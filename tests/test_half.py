@@ -73,6 +73,8 @@ def test_a_copy_is_made_anew_when_its_weight_was_changed() -> None:
     halves.of(layer.weight)
     layer.weight.add_(1.0)
     assert torch.equal(halves.of(layer.weight), layer.weight.bfloat16())
+    layer.weight.data = layer.weight.detach() * 2
+    assert torch.equal(halves.of(layer.weight), layer.weight.bfloat16())
 
 
 def test_a_learner_beside_its_writer_shares_the_copies() -> None:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from templora.base import Base
 
 TAIL = 8  # tokens: more than any character spans
-SPACE, LINE, SPACES = " ", "\n", " Ġ▁"  # and how tokenizers write one inside a token
+SPACE, SPACES = " ", " Ġ▁"  # and how tokenizers write one inside a token
+ANCHORS = "\na"  # what a piece of text is encoded after, to be encoded as in the middle of one
 REACH = 256  # characters of a text's end: more than decide about its last token
 UNFINISHED = "\ufffd"  # what a character decodes to before its last byte has come
 
@@ -41,29 +42,44 @@ def owed(base: "Base", ids: Sequence[int], text: str) -> str:
     """The space that a text ends with and its tokens do not: what comes next must bring it."""
     if not text.endswith(SPACE) or not base.has_tokenizer:
         return ""
-    end = text[-REACH:]
-    before = open_ended(base, end)
-    left_out = base.decode(before) + SPACE == base.decode(base.encode(end))
-    return SPACE if left_out and before[-1:] == list(ids[-1:]) else ""
+    held = base.decode(ids[-TAIL:])
+    for stop in range(-1, -TAIL, -1):  # a token that only begins a character has no text yet
+        if not held.endswith(UNFINISHED):
+            break
+        held = base.decode(ids[-TAIL + stop : stop])
+    words = held.rstrip(SPACE)
+    lacks = len(text) - len(text.rstrip(SPACE)) == len(held) - len(words) + 1
+    return SPACE if words and lacks and _leaves_out(base, text[-REACH:]) else ""
 
 
 def continuing(base: "Base", before: Sequence[int], text: str, new: str) -> list[int]:
     """`open_ended` ids of a text that goes on after another. before, text: of that, so far."""
     space, last = owed(base, before, text), list(before[-TAIL:])
+    if new == SPACE and not text.endswith(SPACE) and _leaves_out(base, text[-REACH:] + SPACE):
+        return []
     wanted = (base.decode(last) + space + new).rstrip(SPACE)
     ids = open_ended(base, space + new)
     if not text or base.decode(last + ids).rstrip(SPACE) == wanted:
         return ids
     # Llama 2's tokenizer and its like put a space before whatever they are given.
-    begin, whole = base.encode(LINE), open_ended(base, LINE + space + new)
-    others = [open_ended(base, new), *([whole[len(begin) :]] if whole[: len(begin)] == begin else [])]
+    others = [open_ended(base, new)]
+    for anchor in ANCHORS:
+        begin, whole = base.encode(anchor), open_ended(base, anchor + space + new)
+        others += [whole[len(begin) :]] if whole[: len(begin)] == begin else []
     return next((o for o in others if base.decode(last + o).rstrip(SPACE) == wanted), ids)
 
 
+def _leaves_out(base: "Base", text: str) -> bool:
+    """Whether the tokens of a text that ends in a space leave that to the next word."""
+    return base.decode(open_ended(base, text)) + SPACE == base.decode(base.encode(text))
+
+
 def word_starts(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that are a space and something after it."""
+    """Tokens that are one space, with something after it or nothing, as before a number."""
     tokens: Any = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    return {n for n, token in enumerate(tokens) if token and token[0] in SPACES and token.strip(SPACES)}
+    return {
+        n for n, token in enumerate(tokens) if token and token[0] in SPACES and token[1:2] not in {*SPACES}
+    }
 
 
 class Detokenizer:

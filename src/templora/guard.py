@@ -85,6 +85,7 @@ class Guard:
         if is_own:
             self.own.extend(ids[-tokens:])
             if distinct_4(self.own) < OWN_LEAST_DISTINCT:
+                self.drifted = 0.0, 0  # they are of an adapter that is no more
                 return Verdict("repetition", LOOP_SHRINK)
         if distinct_4(ids) < LEAST_DISTINCT:
             return Verdict("repetition")
@@ -116,7 +117,7 @@ class Guard:
         """Note a chunk's NLL under both, in nats; whether the adapter has done enough harm."""
         self.lost += adapted - base
         if not self.lost <= LARGEST_LOSS:  # a loss that is not a number is a loss, too
-            self.lost = 0.0
+            self.lost, self.drifted = 0.0, (0.0, 0)
             self.rate /= 2
             return True
         self.lost = max(0.0, self.lost)

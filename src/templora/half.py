@@ -30,7 +30,7 @@ class Halves:
         weights = (layer.weight for layer in layers if layer.weight is not head)
         # The weights are kept, so that no other tensor comes to have the id of one that is gone.
         self._weights = {id(weight): weight for weight in weights if _suits(weight)}
-        self._copies: dict[int, tuple[int, Tensor]] = {}  # with the weight's version that it is of
+        self._copies: dict[int, tuple[tuple[int, int], Tensor]] = {}  # and what of the weight it is of
 
     def __len__(self) -> int:
         return len(self._weights)
@@ -40,10 +40,11 @@ class Halves:
         own = self._weights.get(id(weight))
         if own is None or own.requires_grad:
             return weight
-        version, copy = self._copies.get(id(weight), (-1, weight))
-        if version != own._version:
+        state = own._version, own.data_ptr()
+        made, copy = self._copies.get(id(weight), (None, weight))
+        if made != state:
             copy = own.detach().bfloat16()
-            self._copies[id(weight)] = own._version, copy
+            self._copies[id(weight)] = state, copy
         return copy
 
 

@@ -7,7 +7,7 @@ from dataclasses import InitVar, dataclass, field
 from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from templora.base import Base
-from templora.detokenizer import Detokenizer, owed, word_starts
+from templora.detokenizer import TAIL, UNFINISHED, Detokenizer, owed, word_starts
 from templora.errors import InvalidText
 from templora.events import End, Event
 from templora.metrics import Tally, count
@@ -53,6 +53,7 @@ class Pen:
     _eos: list[int] = field(init=False)
     _tail: str = ""
     _owed: str = ""
+    _opening: SuppressTokensLogitsProcessor | None = None  # while the next token must bring what is owed
     _longest: int = 0
     _started: float = field(default_factory=time.perf_counter)
     _scored: tuple[Tally, Tally] = field(default_factory=lambda: (Tally(), Tally()))
@@ -77,17 +78,21 @@ class Pen:
     @property
     def processors(self) -> LogitsProcessorList:
         """What is done to the logits of the next token."""
-        if not self._owed:
-            return self._processors
-        words = word_starts(self.base.tokenizer)
-        others = [token for token in range(self.base.vocabulary) if token not in words | set(self._eos)]
-        only = SuppressTokensLogitsProcessor(others, device=str(self.base.device))
-        return LogitsProcessorList([only, *self._processors] if words else self._processors)
+        return LogitsProcessorList([self._opening, *self._processors]) if self._opening else self._processors
 
     def follow(self, ids: Sequence[int], text: str) -> None:
         """The text has become another one, as by an undo: go on after this one."""
         self.ids, self._tail, self._owed = ids, "", owed(self.base, ids, text)
+        self._opening = self._word() if self._owed and self.wishes.processors is None else None
         self._detokenizer = Detokenizer(self.base.tokenizer, ids) if self.base.has_tokenizer else None
+
+    def _word(self) -> SuppressTokensLogitsProcessor | None:
+        """Leaves nothing but the beginning of a word; None inside a character."""
+        words = word_starts(self.base.tokenizer) | set(self._eos)
+        if words <= set(self._eos) or self.base.decode(self.ids[-TAIL:]).endswith(UNFINISHED):
+            return None
+        others = [token for token in range(self.base.vocabulary) if token not in words]
+        return SuppressTokensLogitsProcessor(others, device=str(self.base.device))
 
     def shown(self, visible: int) -> Sequence[int]:
         """The ids that processors are given, of which those from that index on are visible.
@@ -107,6 +112,7 @@ class Pen:
             self.reason = "eos"
             return None
         piece = self._detokenizer.step(token) if self._detokenizer else ""
+        self._opening = None
         if piece:  # the space that it brings may stand in the text already
             piece, self._owed = piece.removeprefix(self._owed), ""
         self.written += 1
