@@ -35,18 +35,21 @@ def open_ended(base: "Base", text: str) -> list[int]:
     if not text[-1:].isspace():
         return ids
     before, whole = base.encode(text + "a")[:-1], base.decode(ids)
-    return before if before and whole in (base.decode(before), base.decode(before) + SPACE) else ids
+    alike = [base.decode(before)]
+    if text[-REACH // 2 :].strip(SPACE):  # of nothing but spaces none is owed
+        alike.append(alike[0] + SPACE)
+    return before if before and whole in alike else ids
 
 
 def owed(base: "Base", ids: Sequence[int], text: str) -> str:
     """The space that a text ends with and its tokens do not: what comes next must bring it."""
     if not text.endswith(SPACE) or not base.has_tokenizer:
         return ""
-    held = base.decode(ids[-TAIL:])
+    held = base.decode(ids[-REACH:])
     for stop in range(-1, -TAIL, -1):  # a token that only begins a character has no text yet
         if not held.endswith(UNFINISHED):
             break
-        held = base.decode(ids[-TAIL + stop : stop])
+        held = base.decode(ids[-REACH + stop : stop])
     words = held.rstrip(SPACE)
     lacks = len(text) - len(text.rstrip(SPACE)) == len(held) - len(words) + 1
     return SPACE if words and lacks and _leaves_out(base, text[-REACH:]) else ""
