@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from benchmarks import shapes
 from benchmarks.measure import (
+    CASE,
     Column,
     Spread,
     cases,
@@ -158,9 +159,7 @@ def main() -> None:
     wanted = [("toy", 16, 16)] if wishes.toy else cases(wishes)
     results = [measure(*case, wishes.rounds) for case in wanted]
     columns: dict[str, Column] = {
-        "base": lambda r: r["shape"],
-        "window": lambda r: str(r["window"]),
-        "chunk": lambda r: str(r["chunk"]),
+        **CASE,
         "plain step": lambda r: Spread.of(r["seconds"]["plain"]).text(" s"),
         "ours": lambda r: Spread.of(r["seconds"]["ours"]).text(" s"),
         "faster": lambda r: f"**{r['faster'].text(' ×')}**",

@@ -24,6 +24,12 @@ from templora.bench.tables import table
 from templora.sampling import Sampling
 
 Column = Callable[[Mapping[str, Any]], str]
+# What was measured, for a table.
+CASE: dict[str, Column] = {
+    "base": lambda r: r["shape"],
+    "window": lambda r: str(r["window"]),
+    "chunk": lambda r: str(r["chunk"]),
+}
 # Whatever a base's own settings say.
 GREEDY = Sampling(temperature=0.0, repetition_penalty=1.0, dry_multiplier=0.0)
 OUT = Path(__file__).parent.parent / "docs" / "benchmarks"

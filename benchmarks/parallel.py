@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks import shapes
-from benchmarks.measure import GREEDY, Column, Spread, in_child, parser, ratio, save_table
+from benchmarks.measure import CASE, GREEDY, Column, Spread, in_child, parser, ratio, save_table
 from templora.adapter import Adapter
 from templora.metrics import perplexity
 from templora.passes import Passes
@@ -110,9 +110,7 @@ def main() -> None:
         for chunk in chunks
     ]
     columns: dict[str, Column] = {
-        "base": lambda r: r["shape"],
-        "window": lambda r: str(r["window"]),
-        "chunk": lambda r: str(r["chunk"]),
+        **CASE,
         "in turn, tokens/s": lambda r: speed(r, "turn"),
         "in turn, 2 threads": lambda r: speed(r, "turn2"),
         "parallel, 1 + 1": lambda r: speed(r, "parallel"),

@@ -4,11 +4,12 @@ Recipe `default` but for `precision`, every chunk learned. The sessions learn ea
 disturbs one side disturbs the other. `1b` is a random Llama of a billion parameters.
 """
 
+from statistics import median
 from time import perf_counter
 from typing import Any
 
 from benchmarks import shapes
-from benchmarks.measure import Column, cases, in_child, parse, parser, ratio, save_table, sizes
+from benchmarks.measure import CASE, Column, cases, in_child, parse, parser, ratio, save_table, sizes
 from benchmarks.willing import willing
 from templora.events import ChunkScored
 from templora.half import native
@@ -60,10 +61,8 @@ def main() -> None:
         wishes.shapes, wishes.windows, wishes.chunks, count = ["novelist"], [64], [32], 3
     results = [in_child(measure, *case, count) for case in cases(wishes)]
     columns: dict[str, Column] = {
-        "base": lambda r: r["shape"],
-        "window": lambda r: str(r["window"]),
-        "chunk": lambda r: str(r["chunk"]),
-        "fp32, s a chunk": lambda r: f"{sorted(r['seconds']['fp32'])[len(r['seconds']['fp32']) // 2]:.2f}",
+        **CASE,
+        "fp32, s a chunk": lambda r: f"{median(r['seconds']['fp32']):.2f}",
         "bf16 is faster": lambda r: f"**{r['faster'].text(' ×')}**",
         "NLL of the base": lambda r: f"{r['apart']['base']:+.3%}",
         "of the adapter": lambda r: f"{r['apart']['adapted']:+.3%}",

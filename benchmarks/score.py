@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks import shapes
 from benchmarks.learn import start_of
 from benchmarks.measure import (
+    CASE,
     Column,
     Spread,
     cases,
@@ -98,9 +99,7 @@ def main() -> None:
     wanted, tokens = ([("toy", 16, 16)], 64) if wishes.toy else (cases(wishes), wishes.tokens)
     results = [measure(name, tokens, window, chunk, wishes.rounds) for name, window, chunk in wanted]
     columns: dict[str, Column] = {
-        "base": lambda r: r["shape"],
-        "window": lambda r: str(r["window"]),
-        "chunk": lambda r: str(r["chunk"]),
+        **CASE,
         "plain loop": lambda r: Spread.of(r["seconds"]["plain"]).text(" s"),
         "`exact` is faster": lambda r: r["faster"]["exact"].text(" ×"),
         "`exact`: NLL": lambda r: f"{100 * r['apart']['exact']:+.4f} %",

@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks import shapes
 from benchmarks.learn import start_of
 from benchmarks.measure import (
+    CASE,
     GREEDY,
     Column,
     Spread,
@@ -154,9 +155,7 @@ def main() -> None:
         wanted, tokens = [("toy", 64, 64)], 256
     results = [measure(name, tokens, *size, wishes.rounds) for name, *size in wanted]
     columns: dict[str, Column] = {
-        "base": lambda r: r["shape"],
-        "window": lambda r: str(r["window"]),
-        "chunk": lambda r: str(r["chunk"]),
+        **CASE,
         "plain loop, tokens/s": lambda r: f"{speed(r, 'plain').median:.0f}",
         "without adapter": lambda r: f"{speed(r, 'plain base').median:.0f}",
         "`exact` is faster": lambda r: r["faster"]["exact"].text(" ×"),
