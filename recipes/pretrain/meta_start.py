@@ -27,6 +27,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -226,6 +227,7 @@ def main() -> None:
     parser.add_argument("--hold-out", type=int, default=HOLD_OUT, help="as of the base's own configuration")
     parser.add_argument("--recipe", default="default")
     parser.add_argument("--texts", type=int, default=240)
+    parser.add_argument("--texts-a-step", type=int, default=1, help="of all processes, at least one of each")
     parser.add_argument("--tokens", type=int, default=8192, help="of each")
     parser.add_argument("--seed", type=int, default=0, help="another one where a run goes on from the last")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop then, if it is not done")
@@ -242,13 +244,20 @@ def main() -> None:
             documents, base, -(-SQUARES_FROM // team.size) * team.size, args.tokens, team, args.seed
         )
         base.start |= expected(base, texts, args.recipe, team)
-    values, rounds = learnable(base.start), args.texts // team.size
-    step, started = optimizer(values, team.size), time.monotonic()
-    texts = pieces(documents, base, rounds * team.size, args.tokens, team, args.seed)
-    for number, ids in enumerate(texts):
-        found, *nll = read(base, ids, args.recipe)
-        for name, value in values.items():
-            value.grad = found[name]
+    own = -(-args.texts_a_step // team.size)  # texts of a step that are this process's
+    values, rounds = learnable(base.start), args.texts // (own * team.size)
+    step, started = optimizer(values, own * team.size), time.monotonic()
+    texts = pieces(documents, base, rounds * own * team.size, args.tokens, team, args.seed)
+    for number in range(rounds):
+        nll = [0.0, 0.0]
+        for value in values.values():
+            value.grad = torch.zeros_like(value)
+        for ids in islice(texts, own):
+            found, *of_text = read(base, ids, args.recipe)
+            nll = [total + one / own for total, one in zip(nll, of_text, strict=True)]
+            for name, value in values.items():
+                assert value.grad is not None
+                value.grad.add_(found[name], alpha=1 / own)
         team.average(values.values())
         share = max(number / rounds, team.mean(time.monotonic() - started) / 60 / args.minutes)
         if share >= 1:

@@ -204,7 +204,7 @@ class Base:
         """
         short = self._step if len(ids) == 1 and not self._watched() else None
         if short and isinstance(cache, WindowCache) and cache.layers:
-            with self.turn, torch.no_grad():
+            with self.turn, torch.no_grad(), self.fast(1, half=half):
                 return short(ids[0], position, cache)
         with self.turn, torch.no_grad(), self.fast(len(ids), half=half):
             if self._probe.plain_head:

@@ -16,12 +16,14 @@ from transformers import PreTrainedModel
 from templora.recipe import Precision
 
 SMALLEST = 1 << 16  # numbers of a weight: rounding what goes into a smaller one takes longer than it saves
+LARGE = 1 << 28  # numbers of all: a smaller base writes as fast from a merged fp32 copy, see `merging`
 
 
 class Halves:
     """bf16 copies of a model's frozen linear layers, each made when it is first asked for.
 
-    The output layer has none: a logit's rounding error is an error in nats.
+    The output layer has none: a logit's rounding error is an error in nats. large: whether a pass over few
+    tokens, which takes as long as reading the weights does, pays as well.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -30,6 +32,7 @@ class Halves:
         weights = (layer.weight for layer in layers if layer.weight is not head)
         # The weights are kept, so that no other tensor comes to have the id of one that is gone.
         self._weights = {id(weight): weight for weight in weights if _suits(weight)}
+        self.large = sum(weight.numel() for weight in self._weights.values()) >= LARGE
         self._copies: dict[int, tuple[tuple[int, int], Tensor]] = {}  # and what of the weight it is of
 
     def __len__(self) -> int:
@@ -63,7 +66,10 @@ def native() -> bool:
 def times(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weightᵀ + bias in x's dtype. x: [rows, in]; weight: [out, in], in x's dtype or a bf16 copy."""
     if weight.dtype != x.dtype:
-        y = (x.to(weight.dtype) @ weight.T).to(x.dtype)
+        rounded = x.to(weight.dtype)
+        # One row as a vector: a product of matrices reads the weight at half of the memory's speed.
+        product = rounded @ weight.T if len(x) != 1 else torch.mv(weight, rounded[0]).unsqueeze(0)
+        y = product.to(x.dtype)
         return y if bias is None else y.add_(bias)
     return x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
 

@@ -59,11 +59,11 @@ def is_wide() -> bool:
 def fast(rows: int, *, device: torch.device, halves: Halves | None = None) -> AbstractContextManager[object]:
     """For one pass over that many tokens; does nothing where it would not pay.
 
-    halves: products with these weights are bf16's.
+    halves: products with these weights are bf16's; over few tokens only where these are a large base's.
     """
-    if rows < FEWEST or device.type != "cpu" or not (pays() or halves):
-        return nullcontext()
-    return Fast(halves, wide=pays())
+    many = rows >= FEWEST
+    wide, halved = many and pays(), halves and (many or halves.large)
+    return Fast(halves, wide=wide) if device.type == "cpu" and (wide or halved) else nullcontext()
 
 
 def is_fast() -> bool:
@@ -166,10 +166,10 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | N
     """None where the weight learns, or anything else is not as usual."""
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
     plain = x.dtype == weight.dtype == torch.float32 and x.ndim >= 2 and weight.ndim == 2
-    if not frozen or not plain or x.numel() < FEWEST * x.shape[-1]:
+    if not frozen or not plain:
         return None
     chosen = used(weight)
-    if chosen is weight and not is_fast():
+    if chosen is weight and (x.numel() < FEWEST * x.shape[-1] or not is_fast()):
         return None
     rows: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), chosen)  # pyright: ignore[reportAssignmentType]
     y = rows.view(*x.shape[:-1], -1)

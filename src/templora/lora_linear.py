@@ -35,9 +35,9 @@ class LoraLinear(nn.Module):
         return self._run(gate, up)
 
     def _run(self, x: Tensor, up: Tensor | None) -> Tensor:
+        plain = x.dtype == self.a.dtype == torch.float32
         many = x.numel() >= FEWEST * x.shape[-1]
-        plain = many and x.dtype == self.a.dtype == torch.float32
-        way = _FastLoraLinear if plain and is_fast() else _LoraLinear
+        way = _FastLoraLinear if plain and many and is_fast() else _LoraLinear
         weight = used(self.weight) if plain else self.weight
         return way.apply(x, up, weight, self.bias, self.a, self.b, self.scale)  # pyright: ignore[reportReturnType]
 

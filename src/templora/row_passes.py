@@ -100,7 +100,9 @@ class RowPasses:
         ids = self._ids([row.tokens(at, tokens) for row, at in zip(rows, first, strict=True)])
         positions = cache.positions(cache.stop, tokens, self.base.device)
         mask = cache.mask(cache.stop, tokens, self.base.device)
-        with self.stack.attached(tokens), self._fast(ids.numel(), half=tokens > 1):
+        # As a text alone: the next token of a small base is fp32's.
+        half = tokens > 1 or self.base.halves.large
+        with self.stack.attached(tokens), self._fast(ids.numel(), half=half):
             hidden = self.base.hidden(ids, positions, mask, cache.open())
             logits = self.base.head(hidden[:, -1:])[:, 0]
         cache.advance(tokens)
@@ -118,7 +120,6 @@ class RowPasses:
         return nll
 
     def _fast(self, tokens: int, *, half: bool = True) -> AbstractContextManager[object]:
-        """half: unless it is the next token of each text, which alone is one of fp32."""
         return self.base.fast(tokens, half=half and self._half)
 
     def _enter(self, cache: Rows, rows: Sequence[Row]) -> None:
