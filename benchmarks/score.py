@@ -1,8 +1,8 @@
 """Scoring and learning a text against the plain loop, at the authors' settings, and whether both get its NLL.
 
 `exact` is recipe `paper` without dropout: the same gradients, also through the context. `cached` takes the
-context's keys from the cache, which leaves that gradient out; `rounded` also multiplies in bf16, where the CPU
-has instructions for it, and is `cached` elsewhere.
+context's keys from the cache, which leaves that gradient out; `rounded` also multiplies in bf16, where the
+CPU has instructions for it, and is `cached` elsewhere.
 """
 
 import time

@@ -154,3 +154,39 @@ def test_at_rate_zero_they_leave_the_base_and_the_adapter_the_same_bits(
         assert isinstance(event, ChunkScored)
         assert event.adapted_nll == event.base_nll
     assert not kernels.is_fast()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_row_of_bf16_is_a_vector_and_the_same(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, ...]] = []
+    real = torch.mv
+    monkeypatch.setattr(torch, "mv", lambda *pair: (made.append(pair[1].shape), real(*pair))[1])
+    weight, shift = rows(16, 24).bfloat16(), rows(16).bfloat16() if bias else None
+    for x in (rows(1, 1, 24), rows(1, 24), rows(24), rows(2, 24)):
+        exact = functional.linear(x, weight.float(), shift.float() if shift is not None else None)
+        with Fast(wide=False):
+            y = functional.linear(x.bfloat16(), weight, shift)
+        assert y.dtype == torch.bfloat16
+        assert y.shape == exact.shape
+        assert float((y.float() - exact).norm()) < 2**-6 * float(exact.norm())
+    assert made == [(24,)] * 3, "two rows are a matrix"
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_base_of_bf16_writes_that_way_where_the_cpu_has_instructions_for_it(
+    has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "native", lambda: has)
+    base = templora.load(model=tiny_llama().bfloat16(), tokenizer=ByteTokenizer())
+    assert isinstance(base.fast(1), Fast) is has
+    assert not isinstance(base.fast(2), Fast)
+    session = base.session(window=48, context=48, chunk=32, seed=3)
+    session.extend(base.encode(PROSE[:9]), PROSE[:9])
+    span, found = session.plan.span(0), list[Tensor]()
+    for one in (False, True):
+        monkeypatch.setattr(kernels, "native", lambda one=one: one)
+        session.decoder.forget()
+        for stop in (5, 6, 7):
+            found.append(session.decoder.logits(session.ids[:stop], span))
+    for usual, quick in zip(found[:3], found[3:], strict=True):
+        assert torch.allclose(usual.float(), quick.float(), atol=0.02 * float(usual.float().abs().max()))

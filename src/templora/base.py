@@ -193,8 +193,9 @@ class Base:
         return []
 
     def fast(self, rows: int, *, half: bool = False) -> AbstractContextManager[object]:
-        """Faster kernels for a pass over that many tokens. half: its fp32 weights as bf16 copies."""
-        return kernels.fast(rows, device=self.device, halves=self.halves if half else None)
+        """Faster kernels for a pass over that many tokens. half: with its fp32 weights as bf16 copies."""
+        halves = self.halves if half else None
+        return kernels.fast(rows, device=self.device, dtype=self.model.dtype, halves=halves)
 
     def last_logits(self, ids: Sequence[int], position: int, cache: Cache, *, half: bool = False) -> Tensor:
         """Run `ids` from that position on top of `cache`, which grows. half: as for `fast`.
