@@ -15,7 +15,7 @@ FLOORS = {
     2: "session batch parallel durable replay snapshot store shelf header history journal versions lock "
     "migrations",
     3: "tasks formats hook",
-    4: "report bench",
+    4: "report text_file bench",
     5: "commands cli __main__",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}

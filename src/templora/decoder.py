@@ -8,7 +8,7 @@ the front; with a base that does not allow that, the window runs again.
 """
 
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from templora.adapter import Adapter
 from templora.base import Base
 from templora.cache import WindowCache
+from templora.kernels import FEWEST
 from templora.recipe import Keys
 from templora.window import Plan, Span
 
@@ -91,27 +92,40 @@ class Decoder:
         if self.chunk == span.chunk:
             return
         fits = span.stop - self.cache.origin <= self.cache.capacity
-        kept = self.cache.stop
-        if self.base_encodes and self.chunk is not None:  # what the adapter's own chunk left behind goes
-            kept = min(kept, self.plan.span(self.chunk).start - 1)
-        continues = self.cache.first <= span.visible and kept > span.visible
+        if self.base_encodes and self.chunk is not None:
+            self._encode(ids, self.plan.span(self.chunk), span.start - 1)
+        continues = self.cache.first <= span.visible < self.cache.stop
         moved = self.base.rotary
         if self.stays and self.chunk is not None and continues and (fits or moved):
             self.cache.forget_before(span.visible)
-            self.cache.crop(kept)
             if moved and not fits:
                 self.chunk = None  # should this fail half-way, the window is made anew
                 self.cache.move_to_front(span.visible, moved)
         else:
             self.cache.restart(span.visible)
-        if self.base_encodes and self.cache.stop < span.start - 1:
-            assert self.adapter is not None
-            with self.adapter.detached():
-                self._run(ids, span.start - 1, None)
+        if self.base_encodes:
+            self._run_base(ids, span.start - 1)
         self.chunk = span.chunk
+
+    def _encode(self, ids: Sequence[int], over: Span, stop: int) -> None:
+        """What the adapter's own chunk left behind goes; its keys are the base's, and see what it saw."""
+        self.cache.crop(over.start - 1)
+        if self.cache.stop == over.start - 1 and stop - self.cache.origin <= self.cache.capacity:
+            self._run_base(ids, stop)
+
+    def _run_base(self, ids: Sequence[int], stop: int) -> None:
+        assert self.adapter is not None
+        if self.cache.stop < stop:
+            with self.adapter.detached():
+                self._run(ids, stop, None)
 
     def _run(self, ids: Sequence[int], stop: int, adapter: Adapter | None, *, once: bool = False) -> Tensor:
         cache = self.cache
-        with cache.all_or_nothing(), adapter.decoding(once=once) if adapter else nullcontext():
-            missing = [token for part in cache.missing(stop) for token in ids[part]]
+        missing = [token for part in cache.missing(stop) for token in ids[part]]
+        under: AbstractContextManager[object] = nullcontext()
+        if adapter is not None:
+            # A merged weight has no copy in bf16; and base and adapter are to be rounded alike.
+            beside = self.half and len(self.base.halves) > 0 and len(missing) >= FEWEST
+            under = adapter.attached() if beside else adapter.decoding(once=once)
+        with cache.all_or_nothing(), under:
             return self.base.last_logits(missing, cache.stop - cache.origin, cache, half=self.half)

@@ -57,12 +57,13 @@ class Passes:
 
     def forget(self) -> None:
         """Drop what is cached, as after the text or the adapter was changed from outside."""
-        self.forget_adapted()
+        self.decoder.forget()
         self._bare.forget()
 
     def forget_adapted(self) -> None:
         """Drop the keys that were made with the adapter, as when it goes back to an earlier version."""
-        self.decoder.forget()
+        if not self.decoder.base_encodes:
+            self.decoder.forget()
 
     @torch.no_grad()
     def adapted_nll(self, ids: Sequence[int], span: Span) -> float:

@@ -1,16 +1,14 @@
-"""Events to what a person or a program reads: a live screen, plain text, JSON lines, a file.
+"""Events to what a person or a program reads: a live screen, plain text, JSON lines.
 
 Each sink takes one event at a time; none of them knows where events come from.
 """
 
 import json
-import os
 import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
-from pathlib import Path
+from contextlib import AbstractContextManager
 from typing import IO, Protocol, Self
 
 import psutil
@@ -18,7 +16,6 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from templora.errors import OutputError
 from templora.events import ChunkScored, Event, Token, Warned
 from templora.metrics import Tally, count
 
@@ -203,71 +200,6 @@ class Quiet(Plain):
     def take(self, event: Event) -> None:
         """Pass over all but warnings."""
         _warn(event)
-
-
-class TextFile:
-    """The text in a file, each token handed over as it comes. append: continue what is there.
-
-    A new one that got nothing is taken away again, and none ends inside a character.
-    """
-
-    def __init__(self, path: Path, *, append: bool = False) -> None:
-        self.path, self._new = path, not append
-        if path.suffix == ".xz":
-            raise OutputError(f"{path} would hold plain text, which is not .xz; choose another --out")
-        try:
-            self._file = path.open("ab" if append else "xb", buffering=0)
-        except FileExistsError as error:
-            raise OutputError(
-                f"{path} exists and is never overwritten; choose another --out, "
-                f"or add --read {path} to continue it"
-            ) from error
-        except OSError as error:
-            raise OutputError(f"cannot write to {path}: {error.strerror}; choose another --out") from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        try:
-            os.fsync(self._file.fileno())
-            if self._new and not self._size:
-                self.path.unlink()
-        except OSError as failure:
-            if error is None:
-                raise self._full(failure) from failure
-        finally:
-            with suppress(OSError):  # closing flushes once more; the failure has been reported already
-                self._file.close()
-
-    def echo(self, text: str) -> None:
-        """Append, for the operating system to keep.
-
-        Raises:
-            OutputError: the disk is full or gone; what was written before is safe.
-        """
-        data, done = text.encode(), 0
-        try:
-            while done < len(data):
-                done += self._file.write(data[done:])
-        except OSError as error:
-            if half := done - len(data[:done].decode(errors="ignore").encode()):
-                with suppress(OSError):
-                    self._file.truncate(self._size - half)
-            raise self._full(error) from error
-
-    def take(self, event: Event) -> None:
-        """Append the text of a token."""
-        if isinstance(event, Token):
-            self.echo(event.text)
-
-    @property
-    def _size(self) -> int:
-        return os.fstat(self._file.fileno()).st_size
-
-    def _full(self, error: OSError) -> OutputError:
-        left = f", then continue the text so far with --read {self.path}" if self._size else ""
-        return OutputError(f"cannot write to {self.path}: {error.strerror}; free some space{left}")
 
 
 def screen_or_plain(status: Status) -> Screen | Plain:

@@ -75,8 +75,25 @@ def look(folder: Path) -> tuple[header.Header, History]:
         )
     if "translation" in found:
         raise NotASession(f"{folder} holds a translation; go on with templora translate")
-    contents = journal.read(folder / JOURNAL)
-    return found, replayed(contents.lines, header.plan_of(found), found["seed"])[0]
+    return found, replayed(contents(folder).lines, header.plan_of(found), found["seed"])[0]
+
+
+def contents(folder: Path) -> journal.Contents:
+    """A session's journal.
+
+    Raises:
+        SessionDamaged: it is not whole, nothing is left of it, or its end is missing.
+    """
+    path, versions = folder / JOURNAL, Versions(folder / VERSIONS).all()  # before it: both may be growing
+    found = journal.read(path)
+    if not found.lines:
+        raise SessionDamaged(f"{path} is empty; restore it from a copy")
+    if any(version.line > len(found.lines) for version in versions):
+        raise SessionDamaged(
+            f"the end of {path} is missing; restore a copy, or keep what is there with: templora "
+            f"sessions repair {folder}"
+        )
+    return found
 
 
 def summary(folder: Path) -> tuple[header.Header, int, int, Tally]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from templora import header, journal, migrations, shelf
-from templora.errors import NoSuchMoment, NotASession, SessionClosed, SessionDamaged
+from templora.errors import NoSuchMoment, NotASession, SessionClosed
 from templora.events import ChunkScored
 from templora.history import GIVEN, History, replayed
 from templora.journal import Journal
@@ -54,15 +54,8 @@ class Store:
         self.warnings: list[str] = []
         self.header = self._read_header()
         self.path = self.folder / JOURNAL
-        contents = journal.read(self.path)
-        if not contents.lines:
-            raise SessionDamaged(f"{self.path} is empty; restore it from a copy")
+        contents = shelf.contents(self.folder)
         self.versions = Versions(self.folder / VERSIONS)
-        if any(version.line > len(contents.lines) for version in self.versions.all()):
-            raise SessionDamaged(
-                f"the end of {self.path} is missing; restore a copy, or keep what is there with: templora "
-                f"sessions repair {self.folder}"
-            )
         if contents.torn:
             self.warnings.append(
                 f"the last line of {self.path} was cut short or damaged; {contents.torn} bytes were dropped"

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 EVERY = 20.0  # seconds between two checkpoints
 
 
+def digest(ids: Sequence[int]) -> str:
+    """Of what is scored of a text."""
+    return hashlib.sha256(repr(list(ids)).encode()).hexdigest()
+
+
 class Checkpoint:
     """One file beside the results; none where there are no results to go on from.
 
@@ -42,8 +47,7 @@ class Checkpoint:
             return
         self._weights = self._weights or session.base.fingerprint()
         recipe, seed = session.recipe.model_dump_json(), str(session.seed)
-        text = hashlib.sha256(repr(list(ids)).encode()).hexdigest()
-        self._key = [document, text, str(score_base), recipe, self._weights, seed]
+        self._key = [document, digest(ids), str(score_base), recipe, self._weights, seed]
 
     def store(self, session: "Session", scores: "Scores", seconds: float) -> None:
         """Write all that is needed to go on, in place of the checkpoint before."""

@@ -68,11 +68,12 @@ def canvas(panels: int = 1) -> tuple[Any, list[Any]]:
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
 
-def see_drawable(path: Path) -> None:
-    """See that a picture can be drawn there, before hours of scoring.
+def see_drawable(path: Path, *, replace: bool) -> None:
+    """See that a picture can be drawn there, before hours of scoring. replace: in place of one that is there.
 
     Raises:
-        OutputError: matplotlib is not installed, or knows no such kind of file, or there is no such place.
+        OutputError: matplotlib is not installed, or knows no such kind of file, or there is no such place, or
+            it is taken.
     """
     figure, _ = canvas()
     kind = path.suffix[1:].lower() or "png"
@@ -82,6 +83,8 @@ def see_drawable(path: Path) -> None:
         raise OutputError(f"no folder {path.parent} for {path.name}; make it, or choose another")
     if path.is_dir():
         raise OutputError(f"{path} is a folder, not a picture; move it away, or choose another name")
+    if path.exists() and not replace:
+        raise OutputError(f"{path} exists and is never overwritten; move it away, or choose another name")
 
 
 def save(figure: Any, panels: Sequence[Any], path: Path) -> None:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from templora.bench.results import Results, put
 from templora.commands.inputs import load_base, load_recipe, text_of, translation_sizes
 from templora.commands.options import Model, RecipeName
 from templora.commands.running import make_folder, one_line_errors, say
-from templora.commands.score import Job, Results, put, score_all
+from templora.commands.score import Job, score_all
 from templora.errors import InvalidText, OutputError
 
 if TYPE_CHECKING:

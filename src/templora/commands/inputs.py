@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from templora import recipe
 from templora.errors import InvalidText
+from templora.formats.book import line_feeds
 from templora.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def translation_sizes(
 
 
 def text_of(path: Path) -> str:
-    """A text file, UTF-8, plain or compressed (.xz)."""
+    """A text file, UTF-8, plain or compressed (.xz); its lines end as those of texts in training do."""
     if path.suffix.lower() in (".epub", ".docx") and path.exists():
         raise InvalidText(f"{path} is a book, not plain text; `templora read` learns it into a session")
     try:
@@ -76,4 +77,4 @@ def decoded(data: bytes, path: Path) -> str:
         raise InvalidText(f"{path} holds binary data, not text; give a plain text file")
     if not text.strip():
         raise InvalidText(f"{path} is empty; give a file that holds text")
-    return text
+    return line_feeds(text)

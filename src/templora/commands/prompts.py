@@ -16,7 +16,7 @@ from templora.errors import InvalidRecipe, InvalidText, OutputError
 
 if TYPE_CHECKING:
     from templora.events import End, Event
-    from templora.report import TextFile
+    from templora.text_file import TextFile
 
 # Options of one text that mean nothing for several.
 ALONE = ("prompt", "prompt_file", "read", "session", "out", "parallel")
@@ -38,7 +38,7 @@ def prompts_of(path: Path) -> list[Prompt]:
         InvalidText: it is no such file; the message names the line.
     """
     # Not splitlines: JSON may hold other ends of lines than this one, and so may a prompt.
-    lines = [(number, line.rstrip("\r")) for number, line in enumerate(text_of(path).split("\n"), 1)]
+    lines = enumerate(text_of(path).split("\n"), 1)
     lines = [(number, line) for number, line in lines if line.strip()]
     width = len(str(len(lines)))
     found: list[Prompt] = []
@@ -111,7 +111,7 @@ class _Files:
     def take(self, number: int, event: "Event") -> None:
         """Something has happened to that text."""
         from templora.events import End
-        from templora.report import TextFile
+        from templora.text_file import TextFile
 
         if number not in self._open:
             stack = ExitStack()

@@ -2,15 +2,15 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from templora.bench.checkpoint import Checkpoint
+from templora.bench.checkpoint import Checkpoint, digest
+from templora.bench.results import Results
 from templora.commands.inputs import load_base, load_recipe, text_of
 from templora.commands.options import Context, Device, Dtype, Model, Pairs, RecipeName, Window
 from templora.commands.running import INTERRUPTED, interruptible, one_line_errors, say
@@ -64,18 +64,21 @@ def score(
         if plot is not None:
             from templora.bench.plot import see_drawable
 
-            see_drawable(plot)
+            see_drawable(plot, replace=resume)
         made = load_recipe(recipe, set_ or [], {"window": window, "chunk": chunk, "context": context})
         job = Job(load_base(model, dtype, device), made, seed, tokens, skip, base)
+        before = len(results.done)
         files = list(dict.fromkeys(files))  # each once, whether at once with others or after them
         with interruptible() as interrupted:
             if batch > 1:
                 failed = score_together(job, files, results, interrupted, batch)
             else:
                 failed = score_all(job, files, results, interrupted)
+        if results.path and len(results.done) == before and not (failed or interrupted):
+            say(f"all of these were scored before; their results are in {results.path}")
         if to_screen:
             typer.echo(json.dumps(results.done, indent=1))
-        if plot is not None:
+        if plot is not None and results.done:
             from templora.bench.plot import plot_by_position
 
             plot_by_position(results.done, plot)
@@ -110,8 +113,12 @@ class Job:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What of each text is scored, and how: a part of its result."""
+        """What of each text is scored, and how."""
         return {"tokens": self.tokens, "skip": self.skip, "base": self.score_base}
+
+    def said_of(self, ids: list[int]) -> dict[str, Any]:
+        """The part of a text's result that says what was scored of it."""
+        return {"asked": self.asked | {"text": digest(ids)}}
 
     def say_sizes(self) -> None:
         """Say, once for all texts, which sizes this base cannot hold.
@@ -126,7 +133,7 @@ class Job:
         """See that a result of an earlier run may stand beside those of this one.
 
         Raises:
-            OutputError: it was made in another way.
+            OutputError: it was made in another way, or of another text.
         """
         earlier = {"model": entry["config"]["model"], "seed": entry["seed"], **entry["config"]["recipe"]}
         recipe = fitted(self.recipe, self.base.positions)[1].model_dump(mode="json")
@@ -139,6 +146,19 @@ class Job:
                     f"{entry['document']} was scored with {name} {earlier.get(name)}, not {value}, before; "
                     "choose another file for the results, or repeat what was asked then"
                 )
+        if self._has_changed(entry):
+            raise OutputError(
+                f"{entry['document']} is no longer the text that was scored; choose another file for "
+                "the results, or put the text back"
+            )
+
+    def _has_changed(self, entry: dict[str, Any]) -> bool:
+        """Whether other tokens would be scored now. Where the text is gone, its result stays."""
+        try:
+            now = digest(self.ids(text_of(Path(entry["document"]))))
+        except InvalidText:
+            return False
+        return entry.get("asked", {}).get("text", now) != now
 
     def run(
         self, name: str, text: str, interrupted: list[int], checkpoint: "Checkpoint"
@@ -166,72 +186,9 @@ class Job:
                         checkpoint.store(session, scores, perf_counter() - started)
                     if interrupted:
                         return None
-            return result(name, scores, session, perf_counter() - started) | {"asked": self.asked}
+            return result(name, scores, session, perf_counter() - started) | self.said_of(ids)
         finally:
             session.discard()
-
-
-class Results:
-    """Results on disk, one JSON list, written anew after each document so that a stop loses none."""
-
-    def __init__(self, path: Path | None, *, resume: bool) -> None:
-        self.path, self.resume, self.done = path, resume, list[dict[str, Any]]()
-        if path is not None and not path.parent.is_dir():
-            raise OutputError(f"no folder {path.parent}; make it, or choose another --json")
-        if path is not None and path.exists():
-            if not resume:
-                raise OutputError(f"{path} exists; add --resume to continue it, or choose another --json")
-            self.done = _entries(path)
-
-    def has(self, document: str, job: Job) -> bool:
-        """Whether that document is done.
-
-        Raises:
-            OutputError: it is, but as another job.
-        """
-        for entry in self.done:
-            if entry["document"] == document:
-                job.refuse(entry)
-                return True
-        return False
-
-    def add(self, entry: dict[str, Any]) -> None:
-        """Take in one more result and store them all."""
-        self.done.append(entry)
-        if self.path is not None:
-            put(self.path, json.dumps(self.done, indent=1))
-
-
-def _entries(path: Path) -> list[dict[str, Any]]:
-    try:
-        entries = json.loads(path.read_text("utf-8"))
-        if isinstance(entries, list) and all(_is_result(entry) for entry in cast(list[Any], entries)):
-            return entries
-    except (OSError, ValueError, TypeError, AttributeError):
-        pass
-    raise OutputError(f"{path} does not hold results of scoring; choose another file for them")
-
-
-def _is_result(entry: Any) -> bool:
-    """Whether it has what is looked at when scoring goes on, and in tables and pictures."""
-    needed = {"document", "tokens", "chunks", "learn_seconds", "config", "seed"}
-    return needed <= entry.keys() and {"model", "recipe"} <= entry["config"].keys()
-
-
-def put(path: Path, text: str) -> None:
-    """Write a file of results in place of the one before: all of it, or nothing.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_text(text, "utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path}: {error.strerror}; choose another place for it") from error
 
 
 def score_all(job: Job, files: list[Path], results: Results, interrupted: list[int]) -> int:
@@ -239,7 +196,7 @@ def score_all(job: Job, files: list[Path], results: Results, interrupted: list[i
     failed, checkpoint = 0, Checkpoint(results.path, resume=results.resume)
     job.say_sizes()
     for file in files:
-        if interrupted or results.has(str(file), job):
+        if interrupted or results.has(str(file), job.refuse):
             continue
         try:
             entry = job.run(str(file), text_of(file), interrupted, checkpoint)
@@ -263,11 +220,12 @@ def score_together(job: Job, files: list[Path], results: Results, interrupted: l
     from templora.tasks.score import Scores
 
     open_: list[tuple[str, Scores, float]] = []
+    said: list[dict[str, Any]] = []
     failed: list[Path] = []
 
     def documents() -> Iterator[list[int]]:
         for file in files:
-            if results.has(str(file), job):
+            if results.has(str(file), job.refuse):
                 continue
             try:
                 ids = job.ids(text_of(file))
@@ -276,6 +234,7 @@ def score_together(job: Job, files: list[Path], results: Results, interrupted: l
                 failed.append(file)
                 continue
             open_.append((str(file), Scores.of(job.base, ids), perf_counter()))
+            said.append(job.said_of(ids))
             yield ids
 
     batch = Batch(job.base, job.recipe, size=min(size, len(files)))
@@ -287,7 +246,7 @@ def score_together(job: Job, files: list[Path], results: Results, interrupted: l
         if event is not None:
             scores.take(event)
             continue
-        entry = result(name, scores, text, perf_counter() - started) | {"asked": job.asked}
+        entry = result(name, scores, text, perf_counter() - started) | said[text.number]
         text.discard()
         results.add(entry)
         say(_line(entry))

@@ -211,8 +211,8 @@ def _refuse_early(path: Path | None, append: bool, stop: Sequence[str], sampling
         OutputError, InvalidText, InvalidRecipe: it cannot.
     """
     from templora.pen import Wishes
-    from templora.report import TextFile
     from templora.sampling import Sampling
+    from templora.text_file import TextFile
 
     if path is not None:
         with TextFile(path, append=append):  # nothing is left of the try
@@ -223,6 +223,7 @@ def _refuse_early(path: Path | None, append: bool, stop: Sequence[str], sampling
 def _write(job: _Job, *, json: bool, quiet: bool) -> None:
     from templora import report
     from templora.events import End
+    from templora.text_file import TextFile
 
     status = report.Status(job.tokens, job.session.plan.window)
     sink = report.JsonLines() if json else report.Quiet() if quiet else report.screen_or_plain(status)
@@ -230,7 +231,7 @@ def _write(job: _Job, *, json: bool, quiet: bool) -> None:
     with ExitStack() as stack:
         sinks: list[report.Sink] = [stack.enter_context(sink)]
         if job.path is not None:
-            file = stack.enter_context(report.TextFile(job.path, append=job.append))
+            file = stack.enter_context(TextFile(job.path, append=job.append))
             # A file that goes on holds the text already.
             file.echo(job.lacking if job.append else job.session.text)
             sinks.insert(0, file)

@@ -1,0 +1,68 @@
+"""Results on disk, which a run that was stopped goes on with."""
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, cast
+
+from templora.errors import OutputError
+
+
+class Results:
+    """Results on disk, one JSON list, written anew after each document so that a stop loses none."""
+
+    def __init__(self, path: Path | None, *, resume: bool) -> None:
+        self.path, self.resume, self.done = path, resume, list[dict[str, Any]]()
+        if path is not None and not path.parent.is_dir():
+            raise OutputError(f"no folder {path.parent}; make it, or choose another --json")
+        if path is not None and path.exists():
+            if not resume:
+                raise OutputError(f"{path} exists; add --resume to continue it, or choose another --json")
+            self.done = _entries(path)
+
+    def has(self, document: str, check: Callable[[dict[str, Any]], None]) -> bool:
+        """Whether that document is done. check: raises where its result may not stand beside new ones."""
+        for entry in self.done:
+            if entry["document"] == document:
+                check(entry)
+                return True
+        return False
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Take in one more result and store them all."""
+        self.done.append(entry)
+        if self.path is not None:
+            put(self.path, json.dumps(self.done, indent=1))
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    try:
+        entries = json.loads(path.read_text("utf-8"))
+        if isinstance(entries, list) and all(_is_result(entry) for entry in cast(list[Any], entries)):
+            return entries
+    except (OSError, ValueError, TypeError, AttributeError):
+        pass
+    raise OutputError(f"{path} does not hold results of scoring; choose another file for them")
+
+
+def _is_result(entry: Any) -> bool:
+    """Whether it has what is looked at when scoring goes on, and in tables and pictures."""
+    needed = {"document", "tokens", "chunks", "learn_seconds", "config", "seed"}
+    return needed <= entry.keys() and {"model", "recipe"} <= entry["config"].keys()
+
+
+def put(path: Path, text: str) -> None:
+    """Write a file of results in place of the one before: all of it, or nothing.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        temporary.write_text(text, "utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {path}: {error.strerror}; choose another place for it") from error
