@@ -266,6 +266,25 @@ def test_what_cannot_be_taken_apart_is_said(suffix: str, tmp_path: Path) -> None
         bilingual.read(tmp_path / f"a{suffix}")
 
 
+@pytest.mark.parametrize("suffix", [".srt", ".PO", ".csv", ".json"])
+def test_what_holds_more_than_words_is_not_taken_for_text(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / f"a{suffix}").write_text("1\n00:00:01,000 --> 00:00:02,000\nThe sea.\n", "utf-8")
+    with pytest.raises(InvalidText, match="put its words into a "):
+        bilingual.read(tmp_path / f"a{suffix}")
+
+
+def test_a_unit_that_waits_has_no_translation(tmp_path: Path) -> None:
+    unit = '<trans-unit id="{0}"><source>A</source><target{1}>B</target></trans-unit>'
+    states = ("", ' state="new"', ' state="needs-translation"', ' state="translated"')
+    body = "".join(unit.format(n, state) for n, state in enumerate(states))
+    (tmp_path / "a.xlf").write_text(
+        '<xliff xmlns="urn:oasis:names:tc:xliff:document:1.2" version="1.2"><file original="f" '
+        f'source-language="de" datatype="plaintext"><body>{body}</body></file></xliff>',
+        "utf-8",
+    )
+    assert [s.target for s in bilingual.read(tmp_path / "a.xlf").segments] == ["B", None, None, "B"]
+
+
 PAGE = """<?xml version="1.0" encoding="utf-8"?>
 <!DOCTYPE html>
 <html xmlns="http://www.w3.org/1999/xhtml" lang="fr" xml:lang="fr"><head><title>T</title></head>

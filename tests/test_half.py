@@ -163,6 +163,7 @@ def test_several_texts_at_once_take_the_copies_where_each_alone_would(
     large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(half, "LARGE", 1 if large else 1 << 28)
+    monkeypatch.setattr(merging, "LARGEST", 0 if large else 1 << 30)
     sizes: set[int] = set()  # of the passes that take them
     real = kernels.fast
 
@@ -179,10 +180,16 @@ def test_several_texts_at_once_take_the_copies_where_each_alone_would(
     assert (2 in sizes) is large, "a token of each text"
 
 
-def test_at_rate_zero_base_and_adapter_have_the_same_bits_and_the_base_keeps_its_own() -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("cache", ["reuse", "recompute", "base"])
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_at_rate_zero_base_and_adapter_have_the_same_bits_and_the_base_keeps_its_own(
+    precision: str, cache: str, sinks: int
+) -> None:
     model = base()
     before = model.fingerprint()
-    session = model.session(precision="bf16", learning_rate=0.0, **SIZES)
+    changes = SIZES | {"precision": precision, "cache": cache, "sinks": sinks}
+    session = model.session(learning_rate=0.0, **changes)
     for event in session.reading(PROSE, score_base=True):
         assert isinstance(event, ChunkScored)
         assert event.adapted_nll == event.base_nll

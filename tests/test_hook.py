@@ -332,3 +332,22 @@ def test_inside_autocast_it_learns_as_outside() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         inside = generate(max_new_tokens=40, do_sample=False)
     assert inside.tolist() == generate(max_new_tokens=40, do_sample=False).tolist()
+
+
+def test_a_streamer_is_heard_through_a_function_of_the_users() -> None:
+    heard = Heard()
+
+    def mine(model: Any, ids: Tensor, recipe_overrides: Any = None, seed: int = 0, **rest: Any) -> Any:
+        return templora.generate(model, ids, recipe_overrides=recipe_overrides, seed=seed, **rest)
+
+    MODEL.generate(
+        PROMPT,
+        attention_mask=torch.ones_like(PROMPT),
+        custom_generate=mine,
+        recipe_overrides=SIZES,
+        seed=3,
+        max_new_tokens=5,
+        streamer=heard,
+    )
+    assert len(heard.tokens) == PROMPT.shape[1] + 5
+    assert heard.ended == 1

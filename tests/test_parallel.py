@@ -1,7 +1,9 @@
 """Learning while writing: what is written is fixed by the chunks, whatever the threads do."""
 
+import sys
 import threading
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -206,7 +208,8 @@ def held(made: ParallelSession) -> Generator[threading.Event]:
     release = threading.Event()
 
     def hold(*_: object) -> None:
-        assert release.wait(30)
+        if threading.current_thread() is not threading.main_thread():  # the writer has the same hooks
+            assert release.wait(30)
 
     handle = made.passes.base.model.register_forward_pre_hook(hold)
     inner = made.passes.base.model.base_model.register_forward_pre_hook(hold)
@@ -385,7 +388,7 @@ def failing(made: ParallelSession, error: BaseException) -> Generator[list[bool]
     once = [True]
 
     def fail(*_: object) -> None:
-        if once:
+        if once and threading.current_thread() is not threading.main_thread():
             once.clear()
             raise error
 
@@ -460,3 +463,36 @@ def test_a_loop_that_is_left_is_settled_by_hand() -> None:
     next(e for e in loop if isinstance(e, ChunkWritten))
     made.settle()
     assert made.adapter.version == version + 1
+
+
+def test_a_hook_works_in_both_threads_whenever_it_is_set() -> None:
+    base = fresh()
+    made, calls = session(base), set[str]()
+    layer = base.model.model.layers[0].mlp
+
+    def noted(*_: Any) -> None:
+        calls.add(threading.current_thread().name)
+
+    handle = layer.register_forward_hook(noted)
+    list(made.write(60))
+    assert any(name.startswith("templora") for name in calls), "the learner's"
+    assert threading.current_thread().name in calls, "the writer's"
+    handle.remove()
+    calls.clear()
+    list(made.write(40))
+    assert not calls
+
+
+def test_sessions_that_begin_in_several_threads_are_each_their_seeds() -> None:
+    bases = [fresh() for _ in range(4)]
+    alone = [base.session(seed=seed).adapter.flat.clone() for seed, base in enumerate(bases)]
+    interval, before = sys.getswitchinterval(), torch.random.get_rng_state()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(6):
+                made = pool.map(lambda base, seed: base.session(seed=seed), bases, range(4))
+                assert all(torch.equal(a.adapter.flat, b) for a, b in zip(made, alone, strict=True))
+    finally:
+        sys.setswitchinterval(interval)
+    assert torch.equal(torch.random.get_rng_state(), before), "the user's random numbers"

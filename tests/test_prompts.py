@@ -3,14 +3,17 @@
 import json
 import lzma
 from pathlib import Path
+from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from templora.cli import app
 from templora.commands import prompts
 from templora.commands.prompts import Prompt, prompts_of
 from templora.errors import InvalidText
+from templora.events import End, Event, Token
+from templora.testing import ByteTokenizer, tiny_llama
 
 
 def given(tmp_path: Path, *names: object) -> Path:
@@ -63,4 +66,42 @@ def test_prompts_may_be_compressed_and_are_json_or_refused(tmp_path: Path) -> No
 def test_names_that_are_too_long_for_the_disk_are_one_line(tmp_path: Path) -> None:
     """Some disks take fewer bytes than most."""
     with pytest.raises(prompts.OutputError, match="File name too long; choose another --out-dir"):
-        prompts._Files(tmp_path, [Prompt("x" * 300, "It was dark.")])
+        prompts._Files(tmp_path, [Prompt("x" * 300, "It was dark.")], resume=False)
+
+
+def test_what_was_not_finished_is_written_by_the_same_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_llama(initializer_range=0.2).save_pretrained(tmp_path / "tiny")
+    ByteTokenizer().save_pretrained(tmp_path / "tiny")
+    (tmp_path / "p.txt").write_text("It was dark.\nThe sea.\nA lamp.", "utf-8")
+    sizes = ["--window", "40", "--chunk", "16", "--context", "40", "--tokens", "20", "--batch", "2"]
+
+    def run(out: str, *more: str) -> Result:
+        words = ["write", "--prompts", "p.txt", "--model", "tiny", "--out-dir", out, *sizes, *more]
+        return CliRunner().invoke(app, words)
+
+    def texts(out: str) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (tmp_path / out).iterdir()}
+
+    monkeypatch.chdir(tmp_path)
+    assert run("whole").exit_code == 0
+    assert sorted(texts("whole")) == ["1.txt", "2.txt", "3.txt"]
+
+    real, ended = prompts._Files.take, list[Event]()
+
+    def dies(files: Any, number: int, event: Event) -> None:
+        real(files, number, event)
+        ended.extend([event] if isinstance(event, End) else [])
+        if len(ended) == 2 and isinstance(event, Token):  # in the middle of the third
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(prompts._Files, "take", dies)
+    assert run("o").exit_code != 0
+    monkeypatch.setattr(prompts._Files, "take", real)
+    assert len([name for name in texts("o") if name.endswith(".tmp")]) == 1
+    assert "add --resume" in run("o").stderr
+    assert run("o", "--resume").exit_code == 0
+    assert texts("o") == texts("whole")
+    assert "all of these were written before" in run("o", "--resume").stderr
+    assert "--resume goes with --prompts" in CliRunner().invoke(app, ["write", "a", "--resume"]).stderr

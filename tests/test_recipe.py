@@ -111,6 +111,12 @@ def test_pairs_are_yaml(pairs: list[str], values: dict[str, Any]) -> None:
     recipe.load("default", values)
 
 
+@pytest.mark.parametrize("pair", ["window=null", "chunk=", "context=~"])
+def test_a_size_of_nothing_is_refused(pair: str) -> None:
+    with pytest.raises(InvalidRecipe, match="has no number; say for example"):
+        recipe.parse_pairs([pair])
+
+
 @pytest.mark.parametrize(("pair", "key"), [("clip=null", "clip"), ("decay_chunks=null", "decay_chunks")])
 def test_null_switches_a_setting_off(pair: str, key: str) -> None:
     assert getattr(recipe.load("default", recipe.parse_pairs([pair])), key) is None

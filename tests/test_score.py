@@ -8,16 +8,19 @@ import sys
 import time
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import templora
 from templora.base import Base
 from templora.bench import cost, pg19, sweep, tables
 from templora.bench.checkpoint import Checkpoint
+from templora.bench.results import Results
 from templora.cli import app
-from templora.errors import InvalidRecipe, InvalidText
+from templora.errors import InvalidRecipe, InvalidText, OutputError
 from templora.events import ChunkLearned, ChunkScored, RolledBack, Token
 from templora.session import Session
 from templora.tasks.score import Scores, score, scoring
@@ -385,3 +388,104 @@ def test_a_run_that_is_killed_resumes_to_the_result_of_one_that_was_not(folder: 
     assert strip[0] == strip[1]
     assert whole["adapted"] == resumed["adapted"]
     assert whole["base"] == resumed["base"]
+
+
+def scored(folder: Path, tmp_path: Path, *words: str) -> tuple[int, str]:
+    """A text with results in r.json."""
+    sizes = ["--window", "32", "--chunk", "16"]
+    return run("score", tmp_path / "a.txt", *words, "--model", folder, *sizes, "--json", tmp_path / "r.json")
+
+
+def test_a_text_that_was_changed_is_not_taken_for_the_one_that_was_scored(
+    folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text(TEXT[:100], "utf-8")
+    assert scored(folder, tmp_path)[0] == 0
+    code, said = scored(folder, tmp_path, "--resume")
+    assert (code, "all of these were scored before" in said) == (0, True)
+    (tmp_path / "a.txt").write_text(TEXT[:120], "utf-8")
+    code, said = scored(folder, tmp_path, "--resume")
+    assert (code, "is no longer the text that was scored" in said) == (2, True)
+    (tmp_path / "a.txt").unlink()
+    assert scored(folder, tmp_path, "--resume")[0] == 0
+
+
+def test_a_result_of_another_dtype_does_not_stand_beside_it(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT[:100], "utf-8")
+    assert scored(folder, tmp_path)[0] == 0
+    code, said = scored(folder, tmp_path, "--resume", "--dtype", "bfloat16")
+    assert (code, "was scored with dtype float32, not bfloat16" in said) == (2, True)
+
+
+def test_two_runs_into_one_file_keep_the_results_of_both(tmp_path: Path) -> None:
+    entry = {
+        "tokens": 1,
+        "chunks": [],
+        "learn_seconds": 0.5,
+        "seed": 0,
+        "config": {"model": "", "recipe": {}},
+    }
+    runs = [Results(tmp_path / "r.json", resume=False) for _ in range(2)]
+    for name, results in zip("ab", runs, strict=True):
+        results.add(entry | {"document": name})
+    runs[0].add(entry | {"document": "c"})
+    stored = json.loads((tmp_path / "r.json").read_text("utf-8"))
+    assert sorted(one["document"] for one in stored) == ["a", "b", "c"]
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_results_that_cannot_be_written_are_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="choose another place for it"):
+        Results(tmp_path / ("x" * 300), resume=False)
+
+
+def test_a_picture_that_is_there_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT[:100], "utf-8")
+    (tmp_path / "p.png").write_bytes(b"precious")
+    code, said = scored(folder, tmp_path, "--plot", str(tmp_path / "p.png"))
+    assert (code, "p.png exists and is never overwritten" in said) == (2, True)
+    assert (tmp_path / "p.png").read_bytes() == b"precious"
+    (tmp_path / "p.png").unlink()
+    for words in ([], ["--resume"]):
+        assert scored(folder, tmp_path, "--plot", str(tmp_path / "p.png"), *words)[0] == 0
+
+
+def test_lines_that_end_as_on_windows_are_scored_as_any_others(folder: Path, tmp_path: Path) -> None:
+    found: list[Any] = []
+    for end in (b"\n", b"\r\n", b"\r"):
+        (tmp_path / "a.txt").write_bytes(TEXT[:300].encode().replace(b"\n", end))
+        assert scored(folder, tmp_path)[0] == 0
+        found.append(json.loads((tmp_path / "r.json").read_text("utf-8"))[0]["adapted"])
+        (tmp_path / "r.json").unlink()
+    assert "\n" in TEXT[:300]
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_rest_that_is_never_learned_is_counted_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after it, at rate 0."""
+    (tmp_path / "a.txt").write_text(TEXT[:100], "utf-8")
+    still = ["--set", "learning_rate=0"]
+    assert scored(folder, tmp_path, *still)[0] == 0
+    whole = json.loads((tmp_path / "r.json").read_text("utf-8"))[0]
+    (tmp_path / "r.json").unlink()
+    monkeypatch.setattr("templora.bench.checkpoint.EVERY", 0.0)
+    monkeypatch.setattr("templora.bench.results.Results.add", lambda *_: (_ for _ in ()).throw(KeyError))
+    scored(folder, tmp_path, *still)
+    monkeypatch.undo()
+    assert (tmp_path / ".r.json.checkpoint").exists()
+    (tmp_path / "r.json").write_text("[]", "utf-8")
+    assert scored(folder, tmp_path, *still, "--resume")[0] == 0
+    again = json.loads((tmp_path / "r.json").read_text("utf-8"))[0]
+    assert again["chunks"] == whole["chunks"]
+
+
+@pytest.mark.parametrize("parts", [[], {}, {"key": ["x"]}, 7])
+def test_a_checkpoint_that_is_none_is_not_gone_on_from(base: Base, tmp_path: Path, parts: Any) -> None:
+    session, ids = base.session(seed=1, **SIZES), base.encode(TEXT)
+    torch.save(parts, tmp_path / ".r.json.checkpoint")
+    checkpoint = Checkpoint(tmp_path / "r.json", resume=True)
+    checkpoint.begin("a", session, ids, score_base=True)
+    assert checkpoint.restore(session, Scores.of(base, ids)) == 0.0
+    assert session.ids == []

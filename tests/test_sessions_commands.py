@@ -360,3 +360,41 @@ def test_halves_of_characters_are_refused_before_anything_is_written(here: Path,
     Path("p.jsonl").write_text('{"prompt": "\\ud83d dark"}\n', "utf-8")
     assert "line 1 of p.jsonl" in refused(f"write --prompts p.jsonl --out-dir d --model {tiny}")
     assert not Path("x.txt").exists() and not Path("d").exists()
+
+
+@pytest.mark.parametrize("kept", [0, 0.3])
+def test_a_journal_whose_end_is_gone_is_not_taken_for_a_whole_one(kept: float, here: Path, tiny: str) -> None:
+    begin(tiny)
+    journal = here / "s" / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[: int(kept * len(lines))]))
+    for line in ("export s --out s.txt", "show s"):
+        assert ("is missing; restore" if kept else "is empty; restore") in refused(f"sessions {line}")
+    assert "cannot be opened" in run("sessions ls").stdout
+    assert not (here / "s.txt").exists()
+
+
+def test_a_book_with_line_ends_of_windows_is_read_once(here: Path, tiny: str) -> None:
+    (here / "a.txt").write_bytes(b"It was dark.\r\nThe lamp was out.\r\n")
+    run(f"read a.txt --session s --model {tiny}", *SIZES)
+    run("write --session s --read a.txt --tokens 3")
+    assert text_of("s").count("It was dark.") == 1
+
+
+def test_a_text_goes_on_in_its_own_line_ends(here: Path, tiny: str) -> None:
+    (here / "a.txt").write_bytes(b"It was dark.\r\nThe lamp was out.\r\n")
+    run(f"write --read a.txt --out a.txt --tokens 400 --model {tiny}", *SIZES)
+    data = (here / "a.txt").read_bytes()
+    assert data.startswith(b"It was dark.\r\nThe lamp was out.\r\n")
+    assert data.count(b"\n") > 2
+    assert data.count(b"\n") == data.count(b"\r\n")
+
+
+def test_a_string_to_stop_at_may_have_begun_before(here: Path, tiny: str) -> None:
+    whole = begin(tiny, 60).removeprefix(PROMPT)
+    shutil.rmtree("s")
+    begin(tiny, 30)
+    wanted = whole[28:33]
+    assert wanted not in whole[:30]
+    run("write --session s --tokens 30 --stop", wanted)
+    assert text_of("s") == PROMPT + whole[: whole.index(wanted) + len(wanted)]

@@ -428,6 +428,25 @@ def test_a_passage_is_never_half_a_reference(number: int | None, warned: int, ti
     assert done.stderr.count("1 of its 5 segments have no reference; the model translates all") == warned
 
 
+@pytest.mark.parametrize("suffix", [".tsv", ".tmx"])
+def test_translations_that_the_source_has_are_learned_and_stay(suffix: str, tiny: str, here: Path) -> None:
+    """The last is as its source, which is none."""
+    rows = [(source, target if n in (1, 2) else None) for n, (source, target) in enumerate(PAIRS)]
+    rows[-1] = (PAIRS[-1][0], PAIRS[-1][0])
+    segments = [bilingual.Segment(*row) for row in rows]
+    bilingual.write(Path(f"half{suffix}"), bilingual.Document(segments, ("de", "en")), Path("de.txt"))
+    line = arguments(tiny).replace("de.txt", f"half{suffix}").replace("out.txt", f"out{suffix}")
+    done = run(line.replace("--passage 30", "--passage 200"))
+    assert "2 of its 5 segments have a translation: learned as they are, and kept" in done.stderr
+    passages = [record for record in journal(f"out{suffix}.session") if record["op"] == "passage"]
+    assert [record["origin"] for record in passages] == ["own", "reference", "own"]
+    assert passages[1]["target"] == "\n".join(target for _, target in PAIRS[1:3])
+    made = bilingual.read(Path(f"out{suffix}"), ("de", "en")).segments
+    assert [(s.source, s.target) for s in made[1:3]] == list(PAIRS[1:3])
+    assert made[0].target != PAIRS[0][1]
+    assert made[0].target
+
+
 def test_blank_references_of_a_passage_are_none(tiny: str, here: Path) -> None:
     text = TSV
     for number in range(4):

@@ -36,7 +36,7 @@ class Adapter:
     `flat`, which are what an optimiser steps; `gradient` is laid out as `flat`. sites: where it works. turn:
     held while it stands in. start: of the base, for recipes that want it. squares: what it says of the mean
     squares of the gradients of `a` and of `b`, laid out as they are; None if nothing. layers_b: each layer's
-    B, [out, rank], and its gradient, views as well.
+    B, [out, rank], and its gradient, views as well. can_merge: see `merging`.
     """
 
     def __init__(
@@ -63,9 +63,9 @@ class Adapter:
         lean = any(isinstance(layer, LoraLinear) for layer in self._layers)
         self._mlps = list(gated_mlps(model, self.sites)) if lean else []
         self._lean = [GatedMlp(site.original) for site in self._mlps]
-        self._can_merge = can_merge(self.sites)
+        self.can_merge = can_merge(self.sites)
         self._merged: MergedCopy | None = None
-        self._fleeting = [Fleeting(site) for site in self.sites] if self._can_merge else []
+        self._fleeting = [Fleeting(site) for site in self.sites] if self.can_merge else []
 
     @property
     def parameters(self) -> int:
@@ -91,7 +91,7 @@ class Adapter:
             once: for one pass over many tokens, with none to follow: where there is no copy yet, each layer
                 is merged on its own when it runs, which computes the same and takes no memory.
         """
-        if not self._can_merge:
+        if not self.can_merge:
             with self.attached():
                 yield
             return
@@ -191,7 +191,7 @@ class Adapter:
         """Let go of all its tensors; the model keeps no trace of it."""
         self.sites, self._layers, self._mlps, self._lean, self._fleeting = [], [], [], [], []
         self._watched = Watch([])
-        self._merged, self._can_merge, self.squares = None, False, None
+        self._merged, self.can_merge, self.squares = None, False, None
         self.flat = self.gradient = torch.empty(0)
         self.a = self.b = nn.Parameter(self.flat)
         self.layers_b = [], []

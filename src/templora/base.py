@@ -187,7 +187,8 @@ class Base:
     @property
     def prefix_ids(self) -> list[int]:
         """What stands before the first token of a text: BOS, else EOS, else nothing (as lm-eval does)."""
-        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+        known = self._tokenizer
+        for token in (known.bos_token_id, known.eos_token_id) if known else ():
             if isinstance(token, int):
                 return [token]
         return []

@@ -65,7 +65,7 @@ class Text(Session):
     def begin(self, wishes: Wishes) -> None:
         """Get ready to write."""
         self._check_open()
-        self._pen = Pen(self.base, wishes, self.ids, self.text)
+        self._pen = Pen(self.base, wishes, self.ids, self.text, self._own_from())
 
     def draw(self, logits: torch.Tensor) -> Token | None:
         """Write one token, from [vocab]; None if it ends the text."""

@@ -123,9 +123,12 @@ class Decoder:
         cache = self.cache
         missing = [token for part in cache.missing(stop) for token in ids[part]]
         under: AbstractContextManager[object] = nullcontext()
+        half = self.half
         if adapter is not None:
             # A merged weight has no copy in bf16; and base and adapter are to be rounded alike.
-            beside = self.half and len(self.base.halves) > 0 and len(missing) >= FEWEST
+            many = len(missing) >= FEWEST
+            half = half and (many or not adapter.can_merge)
+            beside = half and many and len(self.base.halves) > 0
             under = adapter.attached() if beside else adapter.decoding(once=once)
         with cache.all_or_nothing(), under:
-            return self.base.last_logits(missing, cache.stop - cache.origin, cache, half=self.half)
+            return self.base.last_logits(missing, cache.stop - cache.origin, cache, half=half)

@@ -15,7 +15,6 @@ from templora.base import Base, load
 from templora.errors import OutputError, SessionClosed, TemploraError, WrongBase
 from templora.events import ChunkScored, Event, Warned
 from templora.metrics import Reading, Tally, count
-from templora.pen import Pen
 from templora.recipe import Recipe
 from templora.replay import Replay
 from templora.sampling import Sampler
@@ -107,9 +106,11 @@ class DurableSession(Session):
         """`edit`, as a generator of events, as `reading`."""
         self._check_open()
         if not self.ids:
-            self._give(self._prefix, "")
+            self._give(self.base.prefix_ids, "")
         encoded = lambda *new: spliced(self.base, self.store.history, *new)  # noqa: E731
-        self._move(lambda: self.store.edit(start, end, text, encoded=encoded, least=len(self._prefix)))
+        self._move(
+            lambda: self.store.edit(start, end, text, encoded=encoded, least=len(self.base.prefix_ids))
+        )
         yield from self.learning(score_base=score_base)
 
     def note(self, name: str) -> Version:
@@ -175,9 +176,8 @@ class DurableSession(Session):
     def _append(self, token: int, piece: str) -> None:
         self.store.own(token, piece, self.sampler.draws)
 
-    def _next_token(self, pen: Pen) -> int:
-        self._check_open()
-        return super()._next_token(pen)
+    def _own_from(self) -> int:
+        return self.store.history.own_from
 
     def _looked(self) -> None:
         self.store.look(self.sampler.draws)
@@ -277,9 +277,8 @@ class DurableSession(Session):
             self._restore()
 
     def _let_go(self) -> None:
-        self.adapter.discard()
+        super().discard()
         self.store.close()
-        self._closed = True
 
 
 def create(

@@ -174,6 +174,12 @@ class History:
         wishes = (m for m in self.marks if m.kind == "wish" and m.position >= stop)
         return next((bool(mark.value) for mark in wishes), None)
 
+    @property
+    def own_from(self) -> int:
+        """Where in the text the end begins that the model wrote, in characters."""
+        given = max(self.kinds.rfind(GIVEN), self.kinds.rfind(FED)) + 1
+        return self.end(given) if given else 0
+
     def own_in(self, start: int, stop: int) -> int:
         """How many of those tokens are the model's own."""
         return stop - start - self.kinds.count(GIVEN, start, stop)

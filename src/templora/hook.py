@@ -55,7 +55,7 @@ def generate(
         [1, tokens + written], or transformers' output class if `return_dict_in_generate` is set.
     """
     _refuse(input_ids, generation_config, model_inputs)
-    streamer = streamer or _callers_streamer()
+    streamer = streamer or _callers_streamer(model)
     seed = int(torch.randint(2**31, ())) if seed is None else seed
     sampling = Sampling(temperature=1.0 if generation_config.do_sample else 0.0)
     mask: Tensor | None = model_inputs.get("attention_mask")
@@ -145,11 +145,14 @@ def _refuse(input_ids: Tensor, config: GenerationConfig, others: dict[str, Any])
         raise InvalidRecipe("templora.generate learns the whole text; pass all its input_ids, and no cache")
 
 
-def _callers_streamer() -> BaseStreamer | None:
+def _callers_streamer(model: PreTrainedModel) -> BaseStreamer | None:
     """`generate(streamer=…)` reaches built-in decoding methods only: a callable is not handed it.
 
-    So it is taken from the frame of `generate`, two calls up. Without it a user would see no text.
+    So it is taken from the frame of `generate`, two calls up, or more where a function of the user's is in
+    between. Without it a user would see no text, and who reads from it would wait for ever.
     """
     frame = sys._getframe(2)  # pyright: ignore[reportPrivateUsage]
-    found = frame.f_locals.get("streamer") if frame.f_code.co_name == "generate" else None
+    while frame and not (frame.f_code.co_name == "generate" and frame.f_locals.get("self") is model):
+        frame = frame.f_back
+    found = frame.f_locals.get("streamer") if frame else None
     return found if isinstance(found, BaseStreamer) else None

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from templora.errors import UnsupportedModel
 from templora.recipe import Recipe
+from templora.turns import random_state
 
 SLOT = "default"  # PEFT's name for the one adapter of a model
 PEFT_PREFIX = "base_model.model."  # what PeftModel expects before each name
@@ -96,7 +97,7 @@ def inject(model: PreTrainedModel, config: LoraConfig, seed: int, *, head: float
     originals: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     transposed = config.fan_in_fan_out
     needed = {p: p.requires_grad for p in model.parameters()}
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+    with random_state(model.device):
         torch.manual_seed(seed)
         try:
             _leave_out_experts(config, model)

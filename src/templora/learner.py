@@ -17,6 +17,7 @@ from templora.layer_rates import LayerRates
 from templora.magnitude import Magnitudes
 from templora.recipe import Recipe
 from templora.savepoint import Savepoint
+from templora.turns import random_state
 
 KNOWN = 1e6  # steps after which Adam takes its mean squares for what they are
 SHORTEST = 5  # a step of a thousandth is the shortest that is tried
@@ -185,7 +186,7 @@ class Learner:
             if self.recipe.dropout == 0:
                 return nll()
             device = self.adapter.flat.device
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            with random_state(device):
                 torch.random.set_rng_state(self._dropout_state)
                 if device.type == "cuda":  # it has a generator of its own
                     torch.cuda.manual_seed(int(torch.randint(1 << 62, ())))

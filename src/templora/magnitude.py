@@ -23,7 +23,7 @@ class Slopes:
 
     def __init__(self, layers: int, device: torch.device) -> None:
         self.steps = 0
-        self.mean, self.square = (torch.zeros(layers, device=device) for _ in range(2))
+        self.mean, self.square = (torch.zeros(layers, device=device, dtype=torch.float32) for _ in range(2))
 
     def take(self, weights: list[Tensor], others: list[Tensor]) -> Tensor:
         """How far to go against the slope of each layer, [layers]: near 1 where they agree, 0 at first.

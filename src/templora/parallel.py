@@ -208,7 +208,7 @@ class ParallelSession(Session):
 
 
 def twin_of(base: Base) -> Base:
-    """The same base once more: modules of its own, every parameter and buffer shared.
+    """The same base once more: modules of its own, every parameter, buffer and hook shared.
 
     Raises:
         UnsupportedModel: its modules cannot be copied.
@@ -216,8 +216,10 @@ def twin_of(base: Base) -> Base:
     model = base.model
     try:
         with base.turn:
-            tensors = (*model.parameters(), *model.buffers())
-            shared: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
+            # A user's hooks as well: those to come, and whatever they belong to.
+            hooks = (own for module in model.modules() for own in vars(module).items())
+            kept = (value for name, value in hooks if name.endswith("_hooks") and isinstance(value, dict))
+            shared: dict[int, Any] = {id(one): one for one in (*model.parameters(), *model.buffers(), *kept)}
             twin = copy.deepcopy(model, shared)
     except (TypeError, RuntimeError) as error:
         kind = type(model).__name__

@@ -40,12 +40,17 @@ class Wishes:
 
 @dataclass(slots=True)
 class Pen:
-    """One call of `write` on one text. ids, text: so far. reason: why it ended, "tokens" until it did."""
+    """One call of `write` on one text.
+
+    ids, text: so far. own_from: where in it the end begins that the model wrote, in characters. reason: why
+    it ended, "tokens" until it did.
+    """
 
     base: Base
     wishes: Wishes
     ids: Sequence[int]
     text: InitVar[str]
+    own_from: InitVar[int]
     written: int = 0
     reason: str = "tokens"
     _processors: LogitsProcessorList = field(init=False)
@@ -58,7 +63,7 @@ class Pen:
     _started: float = field(default_factory=time.perf_counter)
     _scored: tuple[Tally, Tally] = field(default_factory=lambda: (Tally(), Tally()))
 
-    def __post_init__(self, text: str) -> None:
+    def __post_init__(self, text: str, own_from: int) -> None:
         base, wishes = self.base, self.wishes
         self._eos = base.eos_ids
         banned = [] if wishes.stop_at_eos else self._eos
@@ -67,8 +72,8 @@ class Pen:
             if wishes.processors is None
             else wishes.processors
         )
-        self.follow(self.ids, text)
         self._longest = max(map(len, wishes.stop), default=0)
+        self.follow(self.ids, text, own_from)
 
     @property
     def greedy(self) -> bool:
@@ -80,9 +85,10 @@ class Pen:
         """What is done to the logits of the next token."""
         return LogitsProcessorList([self._opening, *self._processors]) if self._opening else self._processors
 
-    def follow(self, ids: Sequence[int], text: str) -> None:
+    def follow(self, ids: Sequence[int], text: str, own_from: int) -> None:
         """The text has become another one, as by an undo: go on after this one."""
-        self.ids, self._tail, self._owed = ids, "", owed(self.base, ids, text)
+        self.ids, self._owed = ids, owed(self.base, ids, text)
+        self._tail = text[max(own_from, len(text) - self._longest) :]  # a string to stop at may have begun
         self._opening = self._word() if self._owed and self.wishes.processors is None else None
         self._detokenizer = Detokenizer(self.base.tokenizer, ids) if self.base.has_tokenizer else None
 
@@ -116,9 +122,10 @@ class Pen:
         if piece:  # the space that it brings may stand in the text already
             piece, self._owed = piece.removeprefix(self._owed), ""
         self.written += 1
-        self._tail = (self._tail + piece)[-self._longest - len(piece) :]
-        if any(wanted in self._tail for wanted in self.wishes.stop):
+        before, text = len(self._tail), self._tail + piece
+        if any(text.find(wanted, max(0, before + 1 - len(wanted))) >= 0 for wanted in self.wishes.stop):
             self.reason = "stop"
+        self._tail = text[max(0, len(text) - self._longest) :]
         return piece
 
     def count(self, event: Event) -> None:

@@ -167,6 +167,8 @@ def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:
             raise InvalidRecipe(f"--set takes key=value, not {pair!r}; say for example epochs=2")
         values[key.strip()] = _yaml(value, f"--set {pair}")
     _refuse_unknown(values)
+    if size := next((key for key in sorted(SIZES & values.keys()) if values[key] is None), None):
+        raise InvalidRecipe(f"--set {size}= has no number; say for example {size}=512")
     return values
 
 

@@ -100,8 +100,8 @@ class RowPasses:
         ids = self._ids([row.tokens(at, tokens) for row, at in zip(rows, first, strict=True)])
         positions = cache.positions(cache.stop, tokens, self.base.device)
         mask = cache.mask(cache.stop, tokens, self.base.device)
-        # As a text alone: the next token of a small base is fp32's.
-        half = tokens > 1 or self.base.halves.large
+        # As a text alone: the next token is fp32's, but of a large base whose layers are not merged.
+        half = tokens > 1 or (self.base.halves.large and not rows[0].adapter.can_merge)
         with self.stack.attached(tokens), self._fast(ids.numel(), half=half):
             hidden = self.base.hidden(ids, positions, mask, cache.open())
             logits = self.base.head(hidden[:, -1:])[:, 0]

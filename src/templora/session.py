@@ -33,6 +33,8 @@ from templora.window import Span
 if TYPE_CHECKING:
     from templora.tasks.translate import Passage
 
+# What a session holds beside its adapter, which is most of its memory.
+BESIDE = ("learner", "passes", "decoder", "study")
 # What only a session on disk can do.
 ON_DISK = ("undo", "redo", "rewind", "fork", "edit", "editing", "note", "reseed", "close", "versions")
 
@@ -44,12 +46,7 @@ class Session:
     """
 
     def __init__(
-        self,
-        base: Base,
-        recipe: str | Path | Recipe = "default",
-        *,
-        seed: int = 0,
-        **overrides: Any,
+        self, base: Base, recipe: str | Path | Recipe = "default", *, seed: int = 0, **overrides: Any
     ) -> None:
         refuse_modes(base.device)
         if not -(2**63) <= seed < 2**63:
@@ -59,10 +56,11 @@ class Session:
         self.plan, self.recipe = fitted(wished, base.positions)
         self._start_afresh()
         self.ids: list[int] = []
-        self._text = io.StringIO()
+        self._text, self._given = io.StringIO(), 0  # characters up to the last that were given
         self._closed = False
         self._moves = 0  # how often the text has become another one
-        self._to_announce = self._fitting(wished)
+        news = f"this base has {base.positions} positions: {(sizes := refitted(wished, self.recipe))}"
+        self._to_announce: list[Event] = [Warned("fitted", news)] if sizes else []
 
     def _start_afresh(self) -> None:
         """Adapter, optimiser, guard, caches and random state as before the first token."""
@@ -96,7 +94,7 @@ class Session:
         Raises:
             InvalidText: it is empty, or no text. OutOfMemory: the sizes are too large for this machine.
         """
-        before, base, adapted = max(len(self.ids), len(self._prefix)), Tally(), Tally()
+        before, base, adapted = max(len(self.ids), len(self.base.prefix_ids)), Tally(), Tally()
         for event in self.reading(text, score_base=score_base):
             count(event, base, adapted)
         tokens = len(self.ids) - before
@@ -131,7 +129,7 @@ class Session:
     def extend(self, ids: Sequence[int], text: str) -> None:
         """Append given tokens and their text without learning yet; any loop learns them first."""
         self.base.check(ids)
-        self._give([*([] if self.ids else self._prefix), *map(int, ids)], text)  # a tensor's are none
+        self._give([*([] if self.ids else self.base.prefix_ids), *map(int, ids)], text)  # a tensor's are none
 
     def write(
         self,
@@ -160,7 +158,7 @@ class Session:
             `Warned`; and one `End`.
         """
         self._check_open()
-        if not self.ids and not self._prefix:
+        if not self.ids and not self.base.prefix_ids:
             raise InvalidText("the prompt is empty and this base has no start token; give a prompt")
         if sampling is not None and sampling_wishes:
             names = ", ".join(sampling_wishes)
@@ -170,8 +168,9 @@ class Session:
 
     def _write(self, wishes: Wishes) -> Iterator[Event]:
         if not self.ids:
-            self._give(self._prefix, "")
-        pen, clock, moves = Pen(self.base, wishes, self.ids, self.text), time.perf_counter(), self._moves
+            self._give(self.base.prefix_ids, "")
+        pen = Pen(self.base, wishes, self.ids, self.text, self._own_from())
+        clock, moves = time.perf_counter(), self._moves
         yield from self._announcements()
         while True:
             for event in self._finish_full_chunks(wishes.score_base, clock):
@@ -182,8 +181,8 @@ class Session:
                 break
             if moves != self._moves:
                 if not self.ids:
-                    self._give(self._prefix, "")
-                pen.follow(self.ids, self.text)
+                    self._give(self.base.prefix_ids, "")
+                pen.follow(self.ids, self.text, self._own_from())
                 moves = self._moves
             token = self._next_token(pen)
             piece = pen.take(token)
@@ -215,6 +214,7 @@ class Session:
         return {
             "ids": list(self.ids),
             "text": self.text,
+            "given": self._given,
             "chunk": self.chunk,
             "written": self._written,
             "sampler": (self.sampler.seed, self.sampler.draws),
@@ -228,18 +228,16 @@ class Session:
         self._moves += 1
         self._text = io.StringIO()
         self._text.write(state["text"])
+        self._given = state.get("given", len(state["text"]))
         self.sampler = Sampler(*state["sampler"])
         self.study.load_state(state["study"])
 
     def discard(self) -> None:
         """Throw the adapter away. The text stays readable; the base is bit for bit what was loaded."""
         self.adapter.discard()
+        for held in BESIDE:
+            self.__dict__.pop(held, None)
         self._closed = True
-
-    @property
-    def _prefix(self) -> list[int]:
-        """What the base puts before any text."""
-        return self.base.prefix_ids if self.base.has_tokenizer else []
 
     # What sessions that learn while they write (`parallel`) or live on disk (`durable`) do otherwise.
 
@@ -253,6 +251,11 @@ class Session:
     def _give(self, ids: Sequence[int], text: str) -> None:
         self.ids.extend(ids)
         self._text.write(text)
+        self._given = self._text.tell()
+
+    def _own_from(self) -> int:
+        """Where in the text the end begins that the model wrote, in characters."""
+        return self._given
 
     def _looked(self) -> None:
         """A token was drawn and not appended."""
@@ -277,6 +280,7 @@ class Session:
         self._written += 1
 
     def _next_token(self, pen: Pen) -> int:
+        self._check_open()
         span = self.plan.span(self.chunk)
         with fits_in_memory(self.plan):
             logits = self.decoder.logits(self.ids, span)
@@ -308,10 +312,6 @@ class Session:
     def _announcements(self) -> Iterator[Event]:
         announced, self._to_announce = self._to_announce, []
         yield from announced
-
-    def _fitting(self, wished: Recipe) -> list[Event]:
-        message = f"this base has {self.base.positions} positions: {(sizes := refitted(wished, self.recipe))}"
-        return [Warned("fitted", message)] if sizes else []
 
     def _check_open(self) -> None:
         if self._closed:

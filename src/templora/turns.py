@@ -1,17 +1,28 @@
 """Threads take turns on a model: its modules are swapped for a pass, which no other thread may see.
 
 Two sessions of one base may so be used in two threads. They do not run at the same time; for that there is
-`parallel`, which works on modules of its own.
+`parallel`, which works on modules of its own. torch's random state is one for all models, and so is its turn.
 """
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from threading import RLock
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
+_random = RLock()
 _locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()  # pyright: ignore[reportInvalidTypeForm]
 
 
 def turn(model: nn.Module) -> RLock:  # pyright: ignore[reportInvalidTypeForm]
     """What a thread holds while it runs that model, or has other modules stand in it; may be held twice."""
     return _locks.setdefault(model, RLock())
+
+
+@contextmanager
+def random_state(device: torch.device) -> Generator[None]:
+    """torch's global random state is this thread's, to set and draw from; afterwards it is what it was."""
+    with _random, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield

@@ -7,9 +7,10 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from templora.errors import OutputError
+from templora.header import software
 
 if TYPE_CHECKING:
     from templora.session import Session
@@ -26,7 +27,8 @@ def digest(ids: Sequence[int]) -> str:
 class Checkpoint:
     """One file beside the results; none where there are no results to go on from.
 
-    It is used only by a run that asks to resume, and only for the same tokens, recipe, base and seed.
+    It is used only by a run that asks to resume, and only for the same tokens, recipe, base, seed and
+    version of the package.
     """
 
     def __init__(self, results: Path | None, *, resume: bool) -> None:
@@ -47,7 +49,8 @@ class Checkpoint:
             return
         self._weights = self._weights or session.base.fingerprint()
         recipe, seed = session.recipe.model_dump_json(), str(session.seed)
-        self._key = [document, digest(ids), str(score_base), recipe, self._weights, seed]
+        version = software()["templora"]
+        self._key = [document, digest(ids), str(score_base), recipe, self._weights, seed, version]
 
     def store(self, session: "Session", scores: "Scores", seconds: float) -> None:
         """Write all that is needed to go on, in place of the checkpoint before."""
@@ -80,7 +83,7 @@ class Checkpoint:
         except Exception:
             # Half-written or of another version: the document is scored from its start, which is never wrong.
             return 0.0
-        if parts["key"] != self._key:
+        if not isinstance(parts, dict) or cast(dict[str, Any], parts).get("key") != self._key:
             return 0.0
         session.load_state(parts["session"])
         scores.restore(parts["chunks"])

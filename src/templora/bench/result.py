@@ -28,6 +28,7 @@ def result(document: str, scores: Scores, session: Session, seconds: float) -> d
         "peak_rss_mb": peak_mb(),
         "config": {
             "model": session.base.name,
+            "dtype": session.base.dtype,
             "recipe": session.recipe.model_dump(mode="json"),
             "positions": session.base.positions,
         },

@@ -1,6 +1,7 @@
 """Results on disk, which a run that was stopped goes on with."""
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,9 +15,12 @@ class Results:
 
     def __init__(self, path: Path | None, *, resume: bool) -> None:
         self.path, self.resume, self.done = path, resume, list[dict[str, Any]]()
-        if path is not None and not path.parent.is_dir():
+        if path is None:
+            return
+        if not path.parent.is_dir():
             raise OutputError(f"no folder {path.parent}; make it, or choose another --json")
-        if path is not None and path.exists():
+        _part(path, "").unlink()  # it can be written
+        if path.exists():
             if not resume:
                 raise OutputError(f"{path} exists; add --resume to continue it, or choose another --json")
             self.done = _entries(path)
@@ -30,8 +34,10 @@ class Results:
         return False
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Take in one more result and store them all."""
-        self.done.append(entry)
+        """Take in one more result and store them all, with those that another run has added."""
+        known = {entry["document"], *(own["document"] for own in self.done)}
+        theirs = _entries(self.path) if self.path is not None and self.path.exists() else []
+        self.done += [*(other for other in theirs if other["document"] not in known), entry]
         if self.path is not None:
             put(self.path, json.dumps(self.done, indent=1))
 
@@ -41,15 +47,23 @@ def _entries(path: Path) -> list[dict[str, Any]]:
         entries = json.loads(path.read_text("utf-8"))
         if isinstance(entries, list) and all(_is_result(entry) for entry in cast(list[Any], entries)):
             return entries
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         pass
     raise OutputError(f"{path} does not hold results of scoring; choose another file for them")
 
 
 def _is_result(entry: Any) -> bool:
     """Whether it has what is looked at when scoring goes on, and in tables and pictures."""
-    needed = {"document", "tokens", "chunks", "learn_seconds", "config", "seed"}
-    return needed <= entry.keys() and {"model", "recipe"} <= entry["config"].keys()
+    kinds = {
+        "document": str,
+        "tokens": int,
+        "chunks": list,
+        "learn_seconds": float,
+        "config": dict,
+        "seed": int,
+    }
+    whole = all(isinstance(entry.get(name), kind) for name, kind in kinds.items())
+    return whole and "model" in entry["config"] and isinstance(entry["config"].get("recipe"), dict)
 
 
 def put(path: Path, text: str) -> None:
@@ -58,11 +72,25 @@ def put(path: Path, text: str) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = _part(path, text)
+    try:
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _cannot_write(path, error) from error
+
+
+def _part(path: Path, text: str) -> Path:
+    """That text in a file of this process's own, which is to take that name."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         temporary.write_text(text, "utf-8")
-        temporary.replace(path)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path}: {error.strerror}; choose another place for it") from error
+        raise _cannot_write(path, error) from error
+    return temporary
+
+
+def _cannot_write(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"cannot write {path}: {error.strerror}; choose another place for it")

@@ -54,9 +54,17 @@ def prompts_of(path: Path) -> list[Prompt]:
 
 
 def write_all(
-    wanted: Wanted, path: Path, folder: Path | None, size: int, wishes: dict[str, Any], *, json: bool
+    wanted: Wanted,
+    path: Path,
+    folder: Path | None,
+    size: int,
+    wishes: dict[str, Any],
+    *,
+    resume: bool,
+    json: bool,
 ) -> None:
-    """Continue every prompt in that file, `size` at once. wishes: for `write_batch`.
+    """Continue every prompt in that file, `size` at once. wishes: for `write_batch`. resume: those that an
+    earlier run has not finished.
 
     Raises:
         InvalidText, InvalidRecipe, OutputError: before anything is written.
@@ -65,7 +73,10 @@ def write_all(
         raise InvalidRecipe(f"--prompts writes new texts into --out-dir; leave out {', '.join(refused)}")
     if folder is None:
         raise OutputError("--prompts needs --out-dir, a folder for the texts")
-    prompts = prompts_of(path)
+    files = _Files(folder, prompts_of(path), resume=resume)
+    if not (prompts := files.prompts):
+        say(f"all of these were written before; they are in {folder}")
+        return
     base = load_base(wanted.model, wanted.dtype, wanted.device)
     recipe = load_recipe(wanted.recipe, wanted.pairs, wanted.sizes)
     from templora.sampling import Sampling
@@ -75,7 +86,6 @@ def write_all(
     texts, size = [prompt.text for prompt in prompts], min(size, len(prompts))
     events = write_batch(base, texts, recipe=recipe, size=size, seed=wanted.seed, sampling=sampling, **wishes)
     with ExitStack() as stack:
-        files = _Files(folder, prompts)
         stack.callback(files.close)
         interrupted = stack.enter_context(interruptible())
         for number, event in events:
@@ -83,29 +93,36 @@ def write_all(
             _show(prompts[number].name, event, json=json)
             if interrupted:
                 say(f"interrupted; all that was written is in {folder}")
+                say("go on with the same command and --resume")
                 raise typer.Exit(INTERRUPTED)
     say(f"saved to {folder}")
 
 
 class _Files:
-    """A file for each text, that begins with its prompt; open from its first event to its end.
+    """A file for each text, that begins with its prompt; NAME.tmp until the text has ended.
+
+    prompts: those whose texts have not. With resume they are begun anew, and come out as they would have.
 
     Raises:
         OutputError: one of them exists, or cannot be made.
     """
 
-    def __init__(self, folder: Path, prompts: Sequence[Prompt]) -> None:
+    def __init__(self, folder: Path, prompts: Sequence[Prompt], *, resume: bool) -> None:
         make_folder(folder, "--out-dir")
-        self._prompts = prompts
-        self._paths = [folder / f"{prompt.name}.txt" for prompt in prompts]
+        self._folder, self._resume = folder, resume
         try:
-            there = next((path for path in self._paths if path.exists()), None)
+            done = [prompt for prompt in prompts if self._path(prompt).exists()]
+            there = [path for p in prompts for path in (self._path(p), self._part(p)) if path.exists()]
         except OSError as error:  # such as names that are too long for this disk
             raise OutputError(
                 f"cannot write in {folder}: {error.strerror}; choose another --out-dir"
             ) from error
-        if there:
-            raise OutputError(f"{there} exists and is never overwritten; choose another --out-dir")
+        if there and not resume:
+            raise OutputError(
+                f"{there[0]} exists and is never overwritten; add --resume to write those that are not "
+                "finished, or choose another --out-dir"
+            )
+        self.prompts = [prompt for prompt in prompts if prompt not in done]
         self._open: dict[int, tuple[TextFile, ExitStack]] = {}
 
     def take(self, number: int, event: "Event") -> None:
@@ -113,21 +130,31 @@ class _Files:
         from templora.events import End
         from templora.text_file import TextFile
 
+        prompt = self.prompts[number]
         if number not in self._open:
             stack = ExitStack()
-            file = stack.enter_context(TextFile(self._paths[number]))
-            file.echo(self._prompts[number].text)
+            if self._resume:
+                self._part(prompt).unlink(missing_ok=True)
+            file = stack.enter_context(TextFile(self._part(prompt)))
+            file.echo(prompt.text)
             self._open[number] = file, stack
         file, stack = self._open[number]
         file.take(event)
         if isinstance(event, End):
             del self._open[number]
             stack.close()
+            self._part(prompt).replace(self._path(prompt))
 
     def close(self) -> None:
         """Close those whose texts have not ended."""
         for _, stack in self._open.values():
             stack.close()
+
+    def _path(self, prompt: Prompt) -> Path:
+        return self._folder / f"{prompt.name}.txt"
+
+    def _part(self, prompt: Prompt) -> Path:
+        return self._folder / f"{prompt.name}.tmp"
 
 
 def _show(name: str, event: "Event", *, json: bool) -> None:

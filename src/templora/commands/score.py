@@ -138,7 +138,10 @@ class Job:
         earlier = {"model": entry["config"]["model"], "seed": entry["seed"], **entry["config"]["recipe"]}
         recipe = fitted(self.recipe, self.base.positions)[1].model_dump(mode="json")
         now = {"model": self.base.name, "seed": self.seed, **recipe}
-        if "asked" in entry:  # results of old do not say
+        # Results of old do not say these.
+        if "dtype" in entry["config"]:
+            earlier, now = earlier | {"dtype": entry["config"]["dtype"]}, now | {"dtype": self.base.dtype}
+        if "asked" in entry:
             earlier, now = earlier | entry["asked"], now | self.asked
         for name, value in now.items():
             if earlier.get(name) != value:
@@ -179,8 +182,10 @@ class Job:
                 for event in scoring(session, ids, score_base=self.score_base):
                     scores.take(event)
                     status.show(scores.base, scores.adapted)
-                    # What became of a chunk follows its score; the session is past both already.
-                    if isinstance(event, ChunkScored) and session.recipe.learning_rate > 0:
+                    # What became of a chunk follows its score; the session is past both already. And a rest
+                    # is scored and not learned: it leaves no trace to go on from.
+                    learns, full = session.recipe.learning_rate > 0, session.recipe.chunk
+                    if isinstance(event, ChunkScored) and (learns or event.tokens < full):
                         continue
                     if interrupted or checkpoint.is_due:
                         checkpoint.store(session, scores, perf_counter() - started)

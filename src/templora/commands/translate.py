@@ -87,9 +87,15 @@ def translate(
         sources = [segment.source for segment in document.segments]
         if not any(text.strip() for text in sources):
             raise InvalidText(f"{source} holds no text; give a file that does")
-        given = None if references is None else _references(references, len(sources), (from_, to))
+        kept = _translated(document)
+        given = kept if any(kept) else None
+        if given and references is None:
+            said = f"{sum(map(bool, kept)):,} of its {len(kept):,} segments have a translation"
+            say(f"{source}: {said}: learned as they are, and kept")
+        if references is not None:
+            given = _references(references, len(sources), (from_, to))
         if review and given and all(g for g, text in zip(given, sources, strict=True) if text.strip()):
-            raise InvalidRecipe(f"{references} leaves no draft to review; leave out --review or --references")
+            raise InvalidRecipe(f"{references or source} leaves no draft to review; leave out --review")
         make_folder(out.parent, "--out")
         bilingual.check(out, source)
         chosen = load_recipe(recipe, set_ or [], {"window": window, "chunk": chunk})
@@ -108,7 +114,8 @@ def translate(
         # An earlier pair takes about two passages of room, and so do a passage and its translation.
         budget = passage or max(16, min(made.plan.window, made.plan.chunk) // (2 * context_pairs + 2))
         count = lambda text: len(base.encode(text))  # noqa: E731
-        parts = blocks(sources, from_, count, budget, split=given is None)
+        own = [bool(text) for text in kept] if references is None and given else ()
+        parts = blocks(sources, from_, count, budget, split=references is None, whole=own)
         settings = {
             "from": from_,
             "to": to,
@@ -118,7 +125,7 @@ def translate(
             "passage": budget,
             "terms": translator.terms,
         }
-        job = _Job(source, out, parts, given, Folder(corrections) if corrections else None, quiet)
+        job = _Job(source, out, parts, given, kept, Folder(corrections) if corrections else None, quiet)
         if job.corrections:
             job.corrections.check(parts, begun=shelf.exists(folder))
         ledger = _opened(folder, translator, settings)
@@ -140,12 +147,16 @@ def translate(
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What to translate and where to; given: a translation of each segment, "" where there is none."""
+    """What to translate and where to.
+
+    given: a translation of each segment to learn. kept: that which the source has itself. "" where is none.
+    """
 
     source: Path
     out: Path
     parts: "list[Block]"
     given: list[str] | None
+    kept: list[str]
     corrections: Folder | None
     quiet: bool
 
@@ -262,6 +273,7 @@ def _write(job: _Job, document: "Document", ledger: "Ledger", languages: tuple[s
         return
     targets = [record.target for record in ledger.records]
     lines = assembled(job.parts, targets, len(document.segments), languages[1])
+    lines = ["" if old else new for old, new in zip(job.kept, lines, strict=True)]
     whole = document.translated(lines, *languages)
     ready = partial(ledger.writes, job.out)
     bilingual.write(job.out, whole, job.source, ready=ready)
@@ -276,6 +288,14 @@ def _read(path: Path, languages: tuple[str, str]) -> "Document":
     if document.guessed:
         say(f"{path} is not UTF-8; read as {document.guessed} (if that is wrong, convert it to UTF-8)")
     return document
+
+
+def _translated(document: "Document") -> list[str]:
+    """The translations that a file has already, each in one line as sources are; "" where there is none."""
+    from templora.tasks.passages import in_one_line
+
+    pairs = ((s.source.strip(), (s.target or "").strip()) for s in document.segments)
+    return [in_one_line(target) if target != source else "" for source, target in pairs]
 
 
 def _references(path: Path, segments: int, languages: tuple[str, str]) -> list[str]:

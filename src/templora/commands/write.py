@@ -65,6 +65,10 @@ def write(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="How many of --prompts at once.")] = 8,
     out_dir: Annotated[Path | None, typer.Option(help="A folder for the texts of --prompts.")] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Keep those texts of --prompts that are finished; write the rest."),
+    ] = False,
     model: Model = "novelist",
     recipe: RecipeName = "default",
     set_: Pairs = None,
@@ -105,9 +109,10 @@ def write(
         wanted = Wanted(model, recipe, set_ or [], sizes, seed, dtype, device, given(context_), parallel)
         if prompts is not None:
             how = {"stop": stop or (), "stop_at_eos": stop_at_eos, "score_base": base}
-            write_all(wanted, prompts, out_dir, batch, {"tokens": tokens, "draw": sampling, **how}, json=json)
+            wishes = {"tokens": tokens, "draw": sampling, **how}
+            write_all(wanted, prompts, out_dir, batch, wishes, resume=resume, json=json)
             return
-        if lost := given(context_) & {"batch", "out_dir"}:
+        if lost := given(context_) & {"batch", "out_dir", "resume"}:
             raise InvalidRecipe(
                 f"--{min(lost).replace('_', '-')} goes with --prompts; leave it out, or give both"
             )

@@ -15,7 +15,10 @@ TOOLKIT = {".tmx": ("tmx", "tmxfile"), ".xlf": ("xliff", "xlifffile"), ".xliff":
 Languages = tuple[str | None, str | None]  # of the source, of the target
 # What would be plain text under the name of something else.
 NO_TEXT = frozenset((".docx", ".doc", ".odt", ".rtf", ".pdf", ".mobi", ".azw3", ".xz", ".gz", ".bz2", ".zip"))
-UNREAD = NO_TEXT - {".xz"}
+# Text of which not every line is to be translated, for its times and keys, or its marks.
+CODED = frozenset((".srt", ".vtt", ".ass", ".ssa", ".sub", ".po", ".pot", ".csv", ".json", ".jsonl", ".xml"))
+MARKED = frozenset((".html", ".htm", ".xhtml", ".tex", ".yaml", ".yml", ".toml", ".ini", ".properties"))
+UNREAD = NO_TEXT - {".xz"} | CODED | MARKED
 ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
 
 
@@ -68,7 +71,9 @@ def read(path: Path, languages: Languages = (None, None)) -> Document:
     if suffix in TOOLKIT:
         return _from_toolkit(path, languages)
     if suffix in UNREAD:
-        raise InvalidText(f"{path} cannot be taken apart as {suffix}; save it as EPUB or plain text")
+        coded = suffix in CODED
+        cure = "put its words into a .tsv, .tmx or .xlf" if coded else "save it as EPUB or plain text"
+        raise InvalidText(f"{path} cannot be taken apart as {suffix}; {cure}")
     plain = book.plain(path)
     lines = plain.text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
     segments = [_row(line, path) if suffix == ".tsv" else Segment(line) for line in lines]

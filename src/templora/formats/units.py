@@ -16,6 +16,7 @@ CODES = frozenset(["bpt", "ept", "ph", "it", "ut"])
 # What XLIFF has before a target.
 BEFORE = frozenset(["source", "seg-source"])
 SIGNED = frozenset(["signed-off", "final"])  # states of a target
+OPEN = frozenset(["new", "needs-translation"])  # and of one that is none yet
 SPACE = re.compile("[ \t\r\n]+")  # in XML
 
 
@@ -31,8 +32,10 @@ def _is_meant(element: Any) -> bool:
 
 
 def texts(unit: Any) -> tuple[str, str | None]:
-    """The words of its source and of its target, None where there are none."""
-    return _text(unit.source_dom, unit.source) or "", _text(unit.target_dom, unit.target) or None
+    """The words of its source and of its target, None where there are none or they wait to be translated."""
+    source, node = _text(unit.source_dom, unit.source) or "", unit.target_dom
+    waits = node is not None and node.get("state") in OPEN
+    return source, None if waits else _text(node, unit.target) or None
 
 
 def _text(node: Any, text: str | None) -> str | None:

@@ -20,11 +20,18 @@ class Block:
 
 
 def blocks(
-    segments: Sequence[str], language: str, count: Count, budget: int, *, split: bool = True
+    segments: Sequence[str],
+    language: str,
+    count: Count,
+    budget: int,
+    *,
+    split: bool = True,
+    whole: Sequence[bool] = (),
 ) -> list[Block]:
     """Passages of at most `budget` tokens, as `count` counts them. Segments without text are left out.
 
-    split False: a segment that is too long is a passage all the same.
+    split False: a segment that is too long is a passage all the same. whole: for each segment whether that
+    is so; those of one kind and the other do not share a passage.
 
     Raises:
         MissingExtra: a segment must be split, and the sentence splitter is not installed.
@@ -47,9 +54,9 @@ def blocks(
         if not text:
             continue
         tokens = count(text) + 1
-        if tokens > room:
+        if tokens > room or (places and whole and whole[place] != whole[places[-1]]):
             close()
-        if tokens > budget and split:
+        if tokens > budget and split and not (whole and whole[place]):
             made += [Block(piece, (place,)) for piece in pieces(text, language, count, budget)]
             continue
         lines.append(text)
