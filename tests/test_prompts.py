@@ -104,4 +104,6 @@ def test_what_was_not_finished_is_written_by_the_same_command(
     assert run("o", "--resume").exit_code == 0
     assert texts("o") == texts("whole")
     assert "all of these were written before" in run("o", "--resume").stderr
+    (tmp_path / "o" / "2.txt").write_text("Another text.", "utf-8")
+    assert "2.txt does not begin with its prompt" in run("o", "--resume").stderr
     assert "--resume goes with --prompts" in CliRunner().invoke(app, ["write", "a", "--resume"]).stderr

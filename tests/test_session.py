@@ -1,5 +1,7 @@
 """One text in time: the same seed, the same text, however its loop is left, cut or interleaved."""
 
+import gc
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -214,6 +216,15 @@ def test_after_a_discard_any_use_is_refused_and_the_text_stays(use: Any) -> None
         use(made)
     assert made.text == PROSE
     made.discard()
+
+
+def test_after_a_discard_nothing_is_kept_but_the_text() -> None:
+    made = session()
+    list(made.write(40))
+    held = [weakref.ref(part) for part in (made.learner, made.study, made.passes, made.decoder.cache)]
+    made.discard()
+    gc.collect()
+    assert [part() for part in held] == [None] * 4
 
 
 def test_a_loop_that_is_open_when_its_session_is_discarded_is_refused() -> None:

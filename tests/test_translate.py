@@ -824,6 +824,7 @@ def test_a_guessed_encoding_is_said(tiny: str, here: Path) -> None:
     [
         ("nowhere.txt --from de --to en --out o.txt", "cannot read nowhere.txt"),
         ("empty.txt --from de --to en --out o.txt", "holds no text"),
+        ("de.txt --from= --to en --out o.txt", "--from and --to name two languages"),
         ("de.txt --from de --to en --out en.txt", "en.txt exists and is never overwritten"),
         ("de.txt --from de --to en --out o.epub", "can be made of an EPUB only"),
         ("de.txt --from de --to en --out o.txt --references short.txt", "has 1 segments, the source 5"),

@@ -246,6 +246,8 @@ def main() -> None:
         base.start |= expected(base, texts, args.recipe, team)
     own = -(-args.texts_a_step // team.size)  # texts of a step that are this process's
     values, rounds = learnable(base.start), args.texts // (own * team.size)
+    if not rounds:
+        parser.error(f"--texts {args.texts} are fewer than a step's {own * team.size}")
     step, started = optimizer(values, own * team.size), time.monotonic()
     texts = pieces(documents, base, rounds * own * team.size, args.tokens, team, args.seed)
     for number in range(rounds):

@@ -38,6 +38,8 @@ def options(
 def main() -> None:
     """The `templora` command."""
     _open_streams()
+    # The bars of libraries that read files; they look at it when they are imported.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     # Of a kernel for 4 bits that it does without, where it is imported, whoever wants 4 bits or not.
     getLogger("bitsandbytes").setLevel(ERROR)
     app(prog_name="templora")

@@ -32,7 +32,9 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()  # the program may go to another directory
         if not shelf.exists(folder):
-            raise NotASession(f"{folder} holds no session; begin one with: templora write --session {folder}")
+            free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+            cure = f"begin one with: templora write --session {folder}"
+            raise NotASession(f"{folder} holds no session; {cure if free else 'check the name'}")
         self.lock = Lock(folder / LOCK)
         try:
             self._open()

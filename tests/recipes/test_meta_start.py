@@ -81,7 +81,8 @@ def test_the_script_goes_on_from_a_start_and_writes_what_a_base_loads(tmp_path: 
     # What start.py writes: what Adam divides by is to be found first.
     save_file({name: rows for name, rows in shipped.items() if name.endswith(A)}, model / "start.safetensors")
     out = tmp_path / "start.safetensors"
-    words = [model, "--data", tmp_path, "--texts", 2, "--tokens", 600, "--hold-out", 1, "--out", out]
+    texts = ["--texts", 4, "--texts-a-step", 2, "--tokens", 600]
+    words = [model, "--data", tmp_path, *texts, "--hold-out", 1, "--out", out]
     run = subprocess.run(
         [sys.executable, str(SCRIPT), *map(str, words)], check=True, capture_output=True, text=True
     )

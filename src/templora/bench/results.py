@@ -58,7 +58,7 @@ def _is_result(entry: Any) -> bool:
         "document": str,
         "tokens": int,
         "chunks": list,
-        "learn_seconds": float,
+        "learn_seconds": (int, float),
         "config": dict,
         "seed": int,
     }

@@ -122,6 +122,8 @@ class _Files:
                 f"{there[0]} exists and is never overwritten; add --resume to write those that are not "
                 "finished, or choose another --out-dir"
             )
+        if other := next((p for p in done if not _begins(self._path(p), p.text)), None):
+            raise OutputError(f"{self._path(other)} does not begin with its prompt; choose another --out-dir")
         self.prompts = [prompt for prompt in prompts if prompt not in done]
         self._open: dict[int, tuple[TextFile, ExitStack]] = {}
 
@@ -155,6 +157,15 @@ class _Files:
 
     def _part(self, prompt: Prompt) -> Path:
         return self._folder / f"{prompt.name}.tmp"
+
+
+def _begins(path: Path, prompt: str) -> bool:
+    start = prompt.encode()
+    try:
+        with path.open("rb") as file:
+            return file.read(len(start)) == start
+    except OSError as error:
+        raise OutputError(f"cannot read {path}: {error.strerror}; choose another --out-dir") from error
 
 
 def _show(name: str, event: "Event", *, json: bool) -> None:

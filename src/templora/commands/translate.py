@@ -76,6 +76,8 @@ def translate(
         from templora.tasks.translate import Translator, drawing
         from templora.template import load
 
+        if not (from_.strip() and to.strip()):
+            raise InvalidRecipe("--from and --to name two languages; say for example --from zh --to en")
         folder = session or out.with_name(f"{out.name}.session")
         # A source that is not there is the reader's to complain about.
         is_source = out.exists() and source.exists() and out.samefile(source)
