@@ -90,8 +90,8 @@ class Recipe(BaseModel):
     )
     precision: Precision = Field(
         "fp32",
-        description="of products with an fp32 base's weights, over many tokens on a CPU; auto: bf16 where it "
-        "has instructions for that",
+        description="of products with an fp32 base's weights on a CPU, over many tokens, or single ones of a "
+        "large base; auto: bf16 where it has instructions for that",
     )
     guard: bool = Field(description="watch each update; skip what harms, roll back what did")
     # Sizes the user named: never shrunk to fit a base. Not a hyper-parameter, so not in the YAML.
