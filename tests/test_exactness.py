@@ -130,7 +130,9 @@ def test_under_reuse_old_keys_are_used_until_positions_run_out() -> None:
     assert len(set(origins)) > 2, "positions never started again"
 
 
+@torch.no_grad()
 def test_where_the_base_encodes_every_key_before_the_chunk_is_its_own() -> None:
+    """Those that it keeps when it scores a chunk, so that both have seen the same."""
     session = session_after_learning(24, 8, cache="base", learning_rate=0.02)
     bare, chunks = Decoder(BASE, None, session.plan, "base"), 0
     session.extend([(7 * i) % 250 for i in range(30)], "")
@@ -138,8 +140,14 @@ def test_where_the_base_encodes_every_key_before_the_chunk_is_its_own() -> None:
         span = session.plan.span(session.chunk)
         if event.kind != "token" or session.decoder.chunk != span.chunk:
             continue
+        ids = session.ids
         while chunks <= span.chunk:
-            theirs, _ = bare.prefix(session.ids, session.plan.span(chunks), 24)
+            if chunks:
+                over = session.plan.span(chunks - 1)
+                prefix, position = bare.prefix(ids, over, 24)
+                BASE.nll(ids[over.start - 1 : over.stop - 1], ids[over.start : over.stop], position, prefix)
+                bare.keep(prefix, over)
+            theirs, _ = bare.prefix(ids, session.plan.span(chunks), 24)
             chunks += 1
         assert session.decoder.cache.origin == bare.cache.origin
         ours = session.decoder.cache.prefix(session.decoder.cache.first, span.start - 1)

@@ -85,6 +85,7 @@ def write_all(
     sampling = Sampling.of(base.model.generation_config, **wishes.pop("draw"))
     texts, size = [prompt.text for prompt in prompts], min(size, len(prompts))
     events = write_batch(base, texts, recipe=recipe, size=size, seed=wanted.seed, sampling=sampling, **wishes)
+    make_folder(folder, "--out-dir")
     with ExitStack() as stack:
         stack.callback(files.close)
         interrupted = stack.enter_context(interruptible())
@@ -104,11 +105,10 @@ class _Files:
     prompts: those whose texts have not. With resume they are begun anew, and come out as they would have.
 
     Raises:
-        OutputError: one of them exists, or cannot be made.
+        OutputError: one of them exists, or could not be made.
     """
 
     def __init__(self, folder: Path, prompts: Sequence[Prompt], *, resume: bool) -> None:
-        make_folder(folder, "--out-dir")
         self._folder, self._resume = folder, resume
         try:
             done = [prompt for prompt in prompts if self._path(prompt).exists()]
