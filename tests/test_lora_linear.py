@@ -42,6 +42,53 @@ def test_values_and_gradients_are_those_of_peft(bias: bool, shape: tuple[int, ..
     assert all(p.grad is None for p in frozen)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(6,), (1, 1, 6), (2, 20, 6)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_beside_a_layer_of_16_bits_the_side_path_is_fp32(
+    bias: bool, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    ours, theirs = layers(bias, torch.float32)
+    for weight in theirs.base_layer.parameters():  # and ours, which are the same
+        weight.data = weight.data.to(dtype)
+    x = torch.randn(shape).to(dtype)
+    slopes: list[list[Tensor]] = []
+    values: list[Tensor] = []
+    for layer, a, b in (
+        (ours, ours.a, ours.b),
+        (theirs, theirs.lora_A["a"].weight, theirs.lora_B["a"].weight),
+    ):
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        assert y.dtype == dtype
+        with torch.no_grad():
+            assert torch.equal(layer(x), y)  # what is written is what is learned
+        values.append(y.detach())
+        slopes.append(list(torch.autograd.grad(y.float().sin().sum(), (leaf, a, b))))
+    rounding = 2 * torch.finfo(dtype).eps
+    assert torch.allclose(*values, rtol=rounding, atol=rounding)
+    for mine, other in zip(*slopes, strict=True):
+        assert mine.dtype == other.dtype
+        assert torch.allclose(mine, other, rtol=4 * rounding, atol=4 * rounding)
+
+
+def test_beside_a_layer_of_16_bits_what_comes_in_is_kept_once() -> None:
+    ours, _ = layers(True, torch.float32)
+    for name in ("weight", "bias"):
+        getattr(ours, name).data = getattr(ours, name).data.bfloat16()
+    x = torch.randn(4, 6).bfloat16().requires_grad_()
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        ours(x)
+    known = {t.data_ptr() for t in (x, ours.weight, ours.a, ours.b)}
+    assert [t.shape for t in kept if t.data_ptr() not in known] == [(4, 3)]  # the side path's narrow part
+
+
 def test_gradients_hold_against_finite_differences() -> None:
     ours, _ = layers(True, torch.float64)
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)

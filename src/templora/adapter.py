@@ -253,6 +253,6 @@ def _squares(roots: Iterable[Tensor]) -> Tensor:
 def _layer(site: Site) -> nn.Module:
     """What computes with the adapter where there is no dropout: ours where it is exact, else PEFT's."""
     layer = site.original
-    if type(layer) is nn.Linear and layer.weight.dtype == torch.float32:
+    if type(layer) is nn.Linear and layer.weight.dtype in (torch.float32, torch.bfloat16, torch.float16):
         return LoraLinear(layer, site.a, site.b, site.scale)
     return site.lora

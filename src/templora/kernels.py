@@ -85,6 +85,12 @@ def used(weight: Tensor) -> Tensor:
     return weight
 
 
+def as_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weightᵀ + bias, to the bit as a frozen linear layer of the base gives it in the pass that runs now."""
+    y = _linear(x, weight, bias) if _entered() else None
+    return functional.linear(x, weight, bias) if y is None else y
+
+
 class Fast(TorchFunctionMode):
     """While it is entered, linear layers, and causal attention in fp32, take the ways below.
 

@@ -2,7 +2,9 @@
 
 Same values and gradients as PEFT's layer without dropout, in fewer and larger steps: the scaled side path is
 added where the layer's own product stands, and nothing of the layer's width is kept for the backward pass
-but its input; and not even that where the input is a gate's product, which is made again.
+but its input; and not even that where the input is a gate's product, which is made again. Beside a layer of
+16 bits the side path is fp32's, as PEFT's is, but what comes in is kept as it came, once for all the layers
+that get it: PEFT keeps a copy in fp32 for each.
 """
 
 from typing import Any
@@ -12,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from templora.half import times
-from templora.kernels import FEWEST, is_fast, product, used
+from templora.kernels import FEWEST, as_base, is_fast, product, used
 
 
 class LoraLinear(nn.Module):
     """Stands in for a frozen `nn.Linear`: y = x Wᵀ + bias + scale · (x Aᵀ) Bᵀ.
 
-    a: [rank, in], b: [out, rank], in the layer's own dtype; the only parameters that get gradients.
+    a: [rank, in], b: [out, rank], in the layer's own dtype, or fp32 beside one of 16 bits; the only parameters
+    that get gradients.
     """
 
     def __init__(self, layer: nn.Linear, a: nn.Parameter, b: nn.Parameter, scale: float) -> None:
@@ -35,11 +38,19 @@ class LoraLinear(nn.Module):
         return self._run(gate, up)
 
     def _run(self, x: Tensor, up: Tensor | None) -> Tensor:
-        plain = x.dtype == self.a.dtype == torch.float32
-        many = x.numel() >= FEWEST * x.shape[-1]
-        way = _FastLoraLinear if plain and many and is_fast() else _LoraLinear
-        weight = used(self.weight) if plain else self.weight
-        return way.apply(x, up, weight, self.bias, self.a, self.b, self.scale)  # pyright: ignore[reportReturnType]
+        # The modes of `kernels` are asked once, not by each of the steps below, which at a single token takes
+        # as long as the steps.
+        with torch._C.DisableTorchFunction():
+            if x.dtype != self.a.dtype:
+                layer = self.weight, self.bias, self.a, self.b, self.scale
+                if not torch.is_grad_enabled():
+                    return _mixed(_input(x, up), *layer)[0]
+                return _MixedLoraLinear.apply(x, up, *layer)  # pyright: ignore[reportReturnType]
+            plain = x.dtype == torch.float32
+            many = x.numel() >= FEWEST * x.shape[-1]
+            way = _FastLoraLinear if plain and many and is_fast() else _LoraLinear
+            weight = used(self.weight) if plain else self.weight
+            return way.apply(x, up, weight, self.bias, self.a, self.b, self.scale)  # pyright: ignore[reportReturnType]
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -101,6 +112,46 @@ class _FastLoraLinear(torch.autograd.Function):
         return x_slope, up_slope, None, None, a_slope, b_slope, None
 
 
+class _MixedLoraLinear(torch.autograd.Function):
+    """The same around a layer of 16 bits, the side path in fp32; what is summed is rounded once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, up: Tensor | None, *layer: Any) -> Tensor:
+        weight, _, a, b, scale = layer
+        y, inner = _mixed(_input(x, up), *layer)
+        ctx.save_for_backward(x, up, inner, weight, a, b)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, up, inner, weight, a, b = ctx.saved_tensors
+        slope = upstream[0].reshape(-1, upstream[0].shape[-1])
+        exact = slope.to(b.dtype)
+        inner_slope = exact @ b
+        a_slope = torch.addmm(a, inner_slope.T, _rows(x, up).to(a.dtype), beta=0, alpha=ctx.scale)
+        b_slope = torch.addmm(b, exact.T, inner, beta=0, alpha=ctx.scale)
+        x_slope = up_slope = None
+        if ctx.needs_input_grad[0]:
+            own = (slope @ weight).to(a.dtype)
+            x_slope = own.addmm_(inner_slope, a, alpha=ctx.scale).to(x.dtype)
+            x_slope, up_slope = _through_gate(x_slope.view(x.shape), x, up)
+        return x_slope, up_slope, None, None, a_slope, b_slope, None
+
+
+def _mixed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """What comes out of a layer of 16 bits with a side path of fp32, […, out], and that path's [rows, rank].
+
+    An adapter that adds nothing leaves the base's bits.
+    """
+    inner = x.reshape(-1, x.shape[-1]).to(a.dtype) @ a.T
+    y = as_base(x, weight, bias)
+    rows = y.reshape(-1, y.shape[-1]).to(b.dtype)
+    return rows.addmm_(inner, b.T, alpha=scale).to(y.dtype).view(y.shape), inner
+
+
 def _shaped(y: Tensor, x: Tensor) -> Tensor:
     """[rows, out] as […, out], like x. No view: some models add to what a layer gives them, in place."""
     return y.resize_(*x.shape[:-1], y.shape[-1])
@@ -108,7 +159,11 @@ def _shaped(y: Tensor, x: Tensor) -> Tensor:
 
 def _rows(x: Tensor, up: Tensor | None) -> Tensor:
     """What the layer's products are given, [rows, in]."""
-    return (x if up is None else silu(x) * up).reshape(-1, x.shape[-1])
+    return _input(x, up).reshape(-1, x.shape[-1])
+
+
+def _input(x: Tensor, up: Tensor | None) -> Tensor:
+    return x if up is None else silu(x) * up
 
 
 def _through_gate(slope: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor | None]:
