@@ -174,11 +174,12 @@ class Adapter:
             stored = {k: v for k, v in load_file(Path(folder) / WEIGHTS).items() if ".lora_" in k}
         except (OSError, SafetensorError) as error:
             raise ModelNotFound(f"cannot read {Path(folder) / WEIGHTS}: {error}; choose another") from error
-        own = {
-            f"{name}.lora_{side}.weight": weight
-            for name, site in injection.named(self._model, self.sites)
-            for side, weight in (("A", site.a), ("B", site.b))
-        }
+        with self.turn:  # what stands in for a while hides the names of what it stands for
+            own = {
+                f"{name}.lora_{side}.weight": weight
+                for name, site in injection.named(self._model, self.sites)
+                for side, weight in (("A", site.a), ("B", site.b))
+            }
         if {k: v.shape for k, v in stored.items()} != {k: v.shape for k, v in own.items()}:
             raise InvalidRecipe(
                 f"the adapter in {folder} has other layers or another rank; use the recipe it was learned by"

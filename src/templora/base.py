@@ -147,14 +147,16 @@ class Base:
         """What makes it this base and no other, as plain values; computed anew each time."""
         with self.turn:
             parameters = list(self.model.parameters())
+        # A folder of that name is not what the embedded base was loaded from.
+        is_path = self.name not in ("", loading.EMBEDDED) and Path(self.name).exists()
         return {
-            "name": str(Path(self.name).resolve()) if Path(self.name).exists() and self.name else self.name,
+            "name": str(Path(self.name).resolve()) if is_path else self.name,
             "model": type(self.model).__name__,
             "dtype": self.dtype,
             "parameters": sum(parameter.numel() for parameter in parameters),
             "positions": self.positions,
             "weights": self.fingerprint(),
-            "tokenizer": identity.of_tokenizer(self._tokenizer),
+            **identity.of_tokenizer(self._tokenizer),
             **({"start": identity.of_tensors(self.start.items())} if self.start else {}),
         }
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from templora import header, snapshot
 from templora.base import Base, load
-from templora.errors import OutputError, SessionClosed, TemploraError, WrongBase
+from templora.errors import InvalidText, OutputError, SessionClosed, TemploraError, WrongBase
 from templora.events import ChunkScored, Event, Warned
 from templora.metrics import Reading, Tally, count
 from templora.recipe import Recipe
@@ -117,9 +117,10 @@ class DurableSession(Session):
         """Name this moment, so that `rewind` finds it; its version is never thinned.
 
         Raises:
-            OutputError: it could not be saved.
+            OutputError: it could not be saved. InvalidText: it means a number of tokens or a version.
         """
         self._check_open()
+        InvalidText.check_note(name)
         version = self._save()
         self.store.note(name, version.number)
         return version

@@ -41,6 +41,13 @@ class InvalidText(TemploraError):
             ) from error
         return text
 
+    @classmethod
+    def check_note(cls, name: str) -> str:
+        """The same name for a moment, if it is text and means no other moment."""
+        if name.removeprefix("v").isdecimal():
+            raise cls(f"{name!r} means a number of tokens or a version; choose another name")
+        return cls.check(name, "the name")
+
 
 class OutOfMemory(TemploraError):
     """The machine or the GPU ran out of memory at the chosen sizes."""

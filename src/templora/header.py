@@ -112,6 +112,10 @@ def check_format(header: Header, folder: Path) -> None:
         )
 
 
+# What of a base's description may change: where it lies, and what its tokenizer was last asked for.
+FLEETING = frozenset(("name", "tokenizer_then"))
+
+
 def check_base(header: Header, base: dict[str, Any], folder: Path) -> None:
     """Refuse any base but the one that the session was begun on.
 
@@ -119,7 +123,9 @@ def check_base(header: Header, base: dict[str, Any], folder: Path) -> None:
         WrongBase: the message says what differs.
     """
     wanted: dict[str, Any] = header["base"]
-    keys = [key for key in wanted if key != "name" and wanted[key] != base.get(key)]
+    keys = [key for key in sorted(wanted.keys() - FLEETING) if wanted[key] != base.get(key)]
+    if "tokenizer" in keys and wanted["tokenizer"] == base.get("tokenizer_then"):
+        keys.remove("tokenizer")
     if keys:
         differences = ", ".join(f"{key} {_short(wanted[key])}, not {_short(base.get(key))}" for key in keys)
         raise WrongBase(

@@ -18,10 +18,24 @@ def of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def of_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
-    """SHA-256 over its rules; None where there is none."""
-    if tokenizer is None:
-        return None
+def of_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, str | None]:
+    """SHA-256 over its rules, under `tokenizer`; None where there is none.
+
+    How far its last call padded and cut is no rule, though it stands among them; what the sum was with that
+    is under `tokenizer_then`, for sessions of old.
+    """
     fast: Any = getattr(tokenizer, "backend_tokenizer", None)
-    rules = fast.to_str() if fast is not None else repr(sorted(tokenizer.get_vocab().items()))
+    if tokenizer is None or fast is None:
+        rules = None if tokenizer is None else repr(sorted(tokenizer.get_vocab().items()))
+        return {"tokenizer": None if rules is None else _sum(rules)}
+    rules = fast.to_str()
+    if fast.padding is None and fast.truncation is None:
+        return {"tokenizer": _sum(rules)}
+    own = type(fast).from_str(rules)
+    own.no_padding()
+    own.no_truncation()
+    return {"tokenizer": _sum(own.to_str()), "tokenizer_then": _sum(rules)}
+
+
+def _sum(rules: str) -> str:
     return hashlib.sha256(rules.encode()).hexdigest()

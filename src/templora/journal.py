@@ -36,6 +36,8 @@ class Journal:
         self.path, self.lines = path, len(contents.lines)
         self._crc = contents.crc
         self._broken = False
+        self._process = os.getpid()
+        self._file = -1
         try:
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
             if contents.torn:
@@ -58,6 +60,11 @@ class Journal:
         """
         if self._broken:
             raise OutputError(f"an earlier write to {self.path} failed; close this session and resume it")
+        if self._process != os.getpid():
+            # Both would write to one place, each with a checksum of its own.
+            raise OutputError(
+                f"{self.path} is open in the process that this one was forked from; open another"
+            )
         data, crc = sealed(line, self._crc)
         self._broken = True
         try:
@@ -84,6 +91,10 @@ class Journal:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+    def __del__(self) -> None:
+        if getattr(self, "_file", -1) >= 0:
+            os.close(self._file)
 
 
 def sealed(line: dict[str, Any], crc: int) -> tuple[bytes, int]:

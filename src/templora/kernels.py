@@ -86,7 +86,7 @@ def used(weight: Tensor) -> Tensor:
 
 
 def as_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x weightᵀ + bias, to the bit as a frozen linear layer of the base gives it in the pass that runs now."""
+    """x weightᵀ + bias, to the bit as a frozen layer of the base gives it in the pass that runs now."""
     y = _linear(x, weight, bias) if _entered() else None
     return functional.linear(x, weight, bias) if y is None else y
 

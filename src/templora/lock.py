@@ -71,12 +71,19 @@ class Lock:
 
     def _free(self, owner: dict[str, Any], here: str) -> bool:
         if fcntl is not None:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            return True
+            return alone(self._file)
         return owner.get("host") != here or not _alive(owner.get("pid"))
+
+
+def alone(file: int) -> bool:
+    """Take a file for this process until it is closed; False if another has it. True where none can tell."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _owner(file: int) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from templora.kernels import FEWEST, as_base, is_fast, product, used
 class LoraLinear(nn.Module):
     """Stands in for a frozen `nn.Linear`: y = x Wᵀ + bias + scale · (x Aᵀ) Bᵀ.
 
-    a: [rank, in], b: [out, rank], in the layer's own dtype, or fp32 beside one of 16 bits; the only parameters
-    that get gradients.
+    a: [rank, in], b: [out, rank], in the layer's own dtype, or fp32 beside one of 16 bits. Nothing else gets
+    gradients.
     """
 
     def __init__(self, layer: nn.Linear, a: nn.Parameter, b: nn.Parameter, scale: float) -> None:
@@ -40,7 +40,7 @@ class LoraLinear(nn.Module):
     def _run(self, x: Tensor, up: Tensor | None) -> Tensor:
         # The modes of `kernels` are asked once, not by each of the steps below, which at a single token takes
         # as long as the steps.
-        with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
             if x.dtype != self.a.dtype:
                 layer = self.weight, self.bias, self.a, self.b, self.scale
                 if not torch.is_grad_enabled():

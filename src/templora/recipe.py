@@ -197,11 +197,14 @@ def _from_file(path: Path) -> tuple[dict[str, Any], set[str]]:
 
 def _yaml(text: str, place: str) -> Any:
     try:
+        if aliased := next((t for t in yaml.scan(text) if isinstance(t, yaml.AliasToken)), None):
+            raise ValueError(f"*{aliased.value} stands for what is elsewhere; write it out")
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # the second of dates and numbers that there are not
+        # YAML 1.1 reads 5e-5 (no dot) as a string, which no user means.
+        return _number(value)
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        # The parser's own, and what it lets through: dates that there are not, tags without a value, depth.
         raise InvalidRecipe(f"{place} is not valid YAML: {' '.join(str(error).split())}") from error
-    # YAML 1.1 reads 5e-5 (no dot) as a string, which no user means.
-    return _number(value)
 
 
 def _number(value: Any) -> Any:

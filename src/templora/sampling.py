@@ -141,8 +141,9 @@ class Sampler:
         # Drawn on the CPU, where the generator lives: the same seed gives the same text on any device.
         probabilities = scores.softmax(dim=-1).cpu()
         self.generator.manual_seed(_mixed(self.seed, self.draws))
-        self.draws += 1
-        return int(torch.multinomial(probabilities, 1, generator=self.generator))
+        drawn = int(torch.multinomial(probabilities, 1, generator=self.generator))
+        self.draws += 1  # not of what a caller's own processor made impossible
+        return drawn
 
 
 def _mixed(seed: int, draw: int) -> int:

@@ -170,7 +170,7 @@ class Session:
         if not self.ids:
             self._give(self.base.prefix_ids, "")
         pen = Pen(self.base, wishes, self.ids, self.text, self._own_from())
-        clock, moves = time.perf_counter(), self._moves
+        clock, seen = time.perf_counter(), (self._moves, len(self.ids))
         yield from self._announcements()
         while True:
             for event in self._finish_full_chunks(wishes.score_base, clock):
@@ -179,17 +179,17 @@ class Session:
                 clock = time.perf_counter()
             if pen.done:
                 break
-            if moves != self._moves:
+            if seen != (self._moves, len(self.ids)):  # moved, or more was given, while the loop was open
                 if not self.ids:
                     self._give(self.base.prefix_ids, "")
                 pen.follow(self.ids, self.text, self._own_from())
-                moves = self._moves
             token = self._next_token(pen)
             piece = pen.take(token)
             if piece is None:
                 self._looked()
                 break
             self._append(token, piece)
+            seen = self._moves, len(self.ids)
             yield Token(len(self.ids) - 1, token, piece)
         for event in self._outstanding():
             pen.count(event)

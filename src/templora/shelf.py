@@ -154,7 +154,8 @@ def appearing(folder: Path) -> Generator[Path]:
     Raises:
         NotASession: there is something at `folder`. OutputError: it cannot be written.
     """
-    part = folder.absolute().parent / f".{folder.absolute().name}.part"  # "/" has no name
+    # Of this process: two that begin one session at once must not clear away each other's.
+    part = folder.absolute().parent / f".{folder.absolute().name}.{os.getpid()}.part"  # "/" has no name
     try:
         if folder.exists() and (any(folder.iterdir()) or folder.samefile(Path.cwd())):
             raise NotASession(occupied(folder))

@@ -5,6 +5,7 @@ a pair, and a translation ends with the model's end-of-text token.
 """
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -134,4 +135,4 @@ def language(code: str) -> str:
     """The English name of a language code: zh → Chinese; anything else is taken as a name."""
     from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
-    return LANGUAGES.get(code.lower().partition("-")[0], code).title()
+    return LANGUAGES.get(re.split("[-_]", code.lower())[0], code).title()

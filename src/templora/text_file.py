@@ -7,6 +7,7 @@ from typing import Self
 
 from templora.errors import OutputError
 from templora.events import Event, Token
+from templora.lock import alone
 
 
 class TextFile:
@@ -29,6 +30,9 @@ class TextFile:
             ) from error
         except OSError as error:
             raise OutputError(f"cannot write to {path}: {error.strerror}; choose another --out") from error
+        if not alone(self._file.fileno()):
+            self._file.close()
+            raise OutputError(f"another process is writing to {path}; let it end, or choose another --out")
         self._line_end = _line_end(path) if append else "\n"
 
     def __enter__(self) -> Self:

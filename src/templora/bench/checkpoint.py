@@ -5,6 +5,7 @@ Torch is imported when there is something to store or restore: the command line 
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
@@ -68,9 +69,13 @@ class Checkpoint:
         try:
             torch.save(parts, temporary)
             temporary.replace(self.path)
-        except (OSError, RuntimeError) as error:
-            raise OutputError(f"cannot write {self.path}: {error}; free some space") from error
-        self._stored = monotonic()
+        except (OSError, RuntimeError) as error:  # the second is torch's, of its writer of archives
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or "the disk may be full"
+            raise OutputError(f"cannot write {self.path}: {reason}; free some space") from error
+        finally:
+            self._stored = monotonic()  # also where it failed: not again at each chunk
 
     def restore(self, session: "Session", scores: "Scores") -> float:
         """Put session and scores where the stored run was; returns the seconds it had spent, 0 if none."""

@@ -76,8 +76,7 @@ def see_drawable(path: Path, *, replace: bool) -> None:
             it is taken.
     """
     figure, _ = canvas()
-    kind = path.suffix[1:].lower() or "png"
-    if kind not in figure.canvas.get_supported_filetypes():
+    if _kind(path) not in figure.canvas.get_supported_filetypes():
         raise OutputError(f"{path} is no kind of picture; choose a name that ends in .png or .svg")
     if not path.parent.is_dir():
         raise OutputError(f"no folder {path.parent} for {path.name}; make it, or choose another")
@@ -87,12 +86,17 @@ def see_drawable(path: Path, *, replace: bool) -> None:
         raise OutputError(f"{path} exists and is never overwritten; move it away, or choose another name")
 
 
+def _kind(path: Path) -> str:
+    """Of picture. Said to matplotlib, which else would add it to a name that does not."""
+    return path.suffix[1:].lower() or "png"
+
+
 def save(figure: Any, panels: Sequence[Any], path: Path) -> None:
     """Legend, light grid, file."""
     for axes in panels:
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     try:
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=150, format=_kind(path))
     except (OSError, ValueError) as error:
         raise OutputError(f"cannot write {path}: {error}; choose a name that ends in .png or .svg") from error

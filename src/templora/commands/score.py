@@ -59,6 +59,8 @@ def score(
         to_screen = json_ == Path("-")
         if resume and (json_ is None or to_screen):
             raise OutputError("without a file of results there is nothing to resume; name it with --json")
+        if json_ is not None and plot is not None and json_.resolve() == plot.resolve():
+            raise OutputError(f"{json_} cannot hold results and a picture; choose two names")
         # What cannot be stored or drawn is said before hours of scoring.
         results = Results(None if to_screen else json_, resume=resume)
         if plot is not None:
@@ -188,7 +190,10 @@ class Job:
                     if isinstance(event, ChunkScored) and (learns or event.tokens < full):
                         continue
                     if interrupted or checkpoint.is_due:
-                        checkpoint.store(session, scores, perf_counter() - started)
+                        try:
+                            checkpoint.store(session, scores, perf_counter() - started)
+                        except OutputError as error:  # it only spares time
+                            say(f"warning: {error}; a run that is stopped begins this document anew")
                     if interrupted:
                         return None
             return result(name, scores, session, perf_counter() - started) | self.said_of(ids)

@@ -162,9 +162,7 @@ def _moment(to: str) -> int | str:
 def note(folder: Folder, name: Annotated[str, typer.Argument(help="For `rewind` and `fork --to`.")]) -> None:
     """Give this moment a name."""
     with _opened(folder) as store:
-        if name.removeprefix("v").isdecimal():
-            raise InvalidRecipe(f"{name!r} means a number of tokens or a version; choose another name")
-        InvalidText.check(name, "the name")
+        InvalidText.check_note(name)
         here = [own for own in store.usable() if own.tokens == len(store.history.ids)]
         store.note(name, here[-1].number if here else None)
 
@@ -209,7 +207,7 @@ def export(
     with one_line_errors():
         text = shelf.look(folder)[1].text.getvalue()
         if out is None:
-            typer.echo(text, nl=False)
+            typer.echo(text, nl=False, color=True)  # else its own control characters are left out
             return
         if out.suffix not in (".txt", ".md", ".epub"):
             raise InvalidRecipe(f"cannot export to {out.name!r}; choose .txt, .md or .epub")

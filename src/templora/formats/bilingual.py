@@ -137,7 +137,7 @@ def _writer(path: Path, original: Path) -> Callable[[Path, Document, Path], None
         if original.suffix.lower() != ".epub":
             raise OutputError(f"{path.name} can be made of an EPUB only; choose .txt or .html")
         return _epub
-    if suffix in NO_TEXT:
+    if suffix in (UNREAD | {".xz"}) - {".html"}:
         raise OutputError(f"{path.name} cannot be made; choose .txt, .html, .md, .tsv, .tmx or .xlf")
     if suffix in TOOLKIT:
         return lambda part, document, original: _with_toolkit(part, suffix, document, original)

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 HEADING = re.compile(
-    r"^(?:#{1,2}[ \t]+(?P<marked>\S.*?)[ \t#]*"
+    r"^(?:#{1,2}[ \t]+(?P<marked>\S.*)"
     r"|(?P<named>(?:chapter|part|book)[ \t]+(?:\d+|[ivxlc]+|one|two|three|four|five|six|seven|eight|nine|ten"
     r"|the[ \t]+\w+)\b.{0,60}|(?:prologue|epilogue)\.?))[ \t]*$",
     re.IGNORECASE | re.MULTILINE,
@@ -31,10 +31,7 @@ def split(text: str) -> list[Chapter]:
     if not found:
         return [Chapter("", text)]
     stops = [*(m.start() for m in found[1:]), len(text)]
-    chapters = [
-        Chapter((m["marked"] or m["named"]).strip(), text[m.end() : stop])
-        for m, stop in zip(found, stops, strict=True)
-    ]
+    chapters = [Chapter(_title(m), text[m.end() : stop]) for m, stop in zip(found, stops, strict=True)]
     before = text[: found[0].start()]
     return [Chapter("", before), *chapters] if before.strip() else chapters
 
@@ -43,6 +40,13 @@ def markdown(chapters: list[Chapter]) -> str:
     """All chapters under Markdown headings."""
     pieces = [f"# {c.title}\n\n{c.text.strip()}" if c.title else c.text.strip() for c in chapters]
     return "\n\n".join(piece for piece in pieces if piece) + "\n"
+
+
+def _title(match: re.Match[str]) -> str:
+    """Without the signs that may close a heading, which a space parts from it: not those of "Learning C#"."""
+    title = (match["marked"] or match["named"]).strip()
+    bare = title.rstrip("#")
+    return bare.rstrip() if match["marked"] and bare[-1:] in (" ", "\t") else title
 
 
 def _stands_alone(text: str, match: re.Match[str]) -> bool:

@@ -108,14 +108,19 @@ def _code(language: str) -> str:
 
 
 def _cut(sentence: str, count: Count, budget: int) -> Iterator[str]:
-    while count(sentence) >= budget:
+    while sentence:
+        # Not all that is left is counted for each cut: one line may be a whole book.
+        high = 4 * budget
+        while (fits := count(sentence[:high]) < budget) and high < len(sentence):
+            high *= 2
+        if fits:
+            yield sentence
+            return
         # No tokenizer gives fewer tokens to more of the same text, so halving finds a cut that fits.
-        low, high = 1, len(sentence)
+        low, high = 1, min(high, len(sentence))
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if count(sentence[:middle]) < budget else (low, middle)
         cut = sentence.rfind(" ", low // 2, low) + 1 or low
         yield sentence[:cut]
         sentence = sentence[cut:]
-    if sentence:
-        yield sentence

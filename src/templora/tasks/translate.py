@@ -188,7 +188,7 @@ class Translator:
 
     def _labels(self, target: str) -> list[int]:
         """The translation and its end; a longer one than a chunk is learned up to there."""
-        room = self.session.plan.chunk - len(self.end)
+        room = max(0, self.session.plan.chunk - len(self.end))
         return self.session.base.encode(target)[:room] + self.end
 
     def _prompt(self, passage: Passage) -> tuple[list[int], list[Event]]:
