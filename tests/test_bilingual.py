@@ -600,3 +600,9 @@ def test_what_a_person_has_approved_stays(tmp_path: Path) -> None:
     assert [s.target for s in bilingual.read(tmp_path / "out.xlf").segments] == ["T1", "neu", "T3"]
     written = (tmp_path / "out.xlf").read_text()
     assert 'approved="yes"' in written and 'state="final"' in written
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.srt", "a.po", "a.htm", "a.tex", "a.txt.xz"])
+def test_what_cannot_be_read_is_not_written_under_that_name_either(name: str, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot be made"):
+        bilingual.check(tmp_path / name, tmp_path / "a.txt")

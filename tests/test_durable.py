@@ -1,5 +1,8 @@
 """A session on disk: whatever is done to it, the same past gives the same text, adapter and dice."""
 
+import gc
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +11,13 @@ import torch
 from peft import PeftModel
 
 import templora
+from templora import header
 from templora.errors import (
+    InvalidText,
     NeedsFolder,
     NoSuchMoment,
     NotASession,
+    OutputError,
     SessionClosed,
     SessionLocked,
     TemploraError,
@@ -466,3 +472,74 @@ def test_a_loop_that_was_open_during_a_rewind_goes_on_from_there(tmp_path: Path)
         texts.append(made.ids[start:])
     assert len(texts[0]) > 30
     assert texts[0] == texts[1]
+
+
+def test_a_padding_or_cutting_call_of_the_tokenizer_makes_no_other_base(tmp_path: Path) -> None:
+    own = templora.load("novelist")
+    clean = own.describe()
+    own.tokenizer(["a", "bbb"], padding=True, truncation=True, max_length=4)
+    then = own.describe()
+    assert then["tokenizer"] == clean["tokenizer"] != then["tokenizer_then"]
+    header.check_base({"base": clean}, then, tmp_path)
+    # One that was begun when those were part of the sum.
+    header.check_base({"base": clean | {"tokenizer": then["tokenizer_then"]}}, then, tmp_path)
+
+
+def test_a_session_is_opened_while_another_thread_uses_the_base(tmp_path: Path) -> None:
+    killed(durable(tmp_path / "a"))
+    busy, stop = in_memory(), threading.Event()
+
+    def others() -> None:
+        while not stop.is_set():
+            busy.read(PROSE)
+
+    thread = threading.Thread(target=others)
+    thread.start()
+    try:
+        for _ in range(20):
+            templora.resume(tmp_path / "a", BASE).close()
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_does_not_write_into_the_session(tmp_path: Path) -> None:
+    session = durable(tmp_path / "a")
+    if (child := os.fork()) == 0:
+        refused = False
+        try:
+            session.store.give([1], "x", [1])
+        except OutputError as error:
+            refused = "forked" in str(error)
+        finally:  # never on into the other tests
+            os._exit(7 if refused else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    session.read(" On.")
+    session.close()
+    assert templora.resume(tmp_path / "a", BASE).text == PROSE + " On."
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files")
+def test_a_session_that_is_dropped_leaves_no_open_file(tmp_path: Path) -> None:
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    for name in "abc":
+        durable(tmp_path / name)
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("name", ["12", "v1"])
+def test_a_note_does_not_hide_another_moment(name: str, tmp_path: Path) -> None:
+    with durable(tmp_path / "a") as session, pytest.raises(InvalidText, match="choose another name"):
+        session.note(name)
+
+
+def test_a_folder_called_like_the_embedded_base_is_not_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "novelist").mkdir()
+    assert templora.load("novelist").describe()["name"] == "novelist"

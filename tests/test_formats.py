@@ -263,3 +263,10 @@ def test_chapters_are_split_at_headings(text: str, titles: list[str] | None) -> 
 def test_a_package_that_is_missing_is_named_with_what_to_install() -> None:
     with pytest.raises(MissingExtra, match=r'X needs no_such; say: pip install "templora\[formats\]"'):
         extra.needed("no_such.module", "reading X")
+
+
+def test_a_heading_keeps_its_own_number_sign_and_a_long_run_of_spaces_is_read_at_once() -> None:
+    text = "# Learning C#\n\na\n\n## Two ##\n\nb\n\n# c" + " " * 20_000 + "d\n\ne\n"
+    titles = [chapter.title for chapter in chapters.split(text)]
+    assert titles[:2] == ["Learning C#", "Two"]
+    assert titles[2].split() == ["c", "d"]  # in no time; it was cubic

@@ -11,9 +11,10 @@ from typer.testing import CliRunner, Result
 from templora.cli import app
 from templora.commands import prompts
 from templora.commands.prompts import Prompt, prompts_of
-from templora.errors import InvalidText
+from templora.errors import InvalidText, OutputError
 from templora.events import End, Event, Token
 from templora.testing import ByteTokenizer, tiny_llama
+from templora.text_file import TextFile
 
 
 def given(tmp_path: Path, *names: object) -> Path:
@@ -107,3 +108,15 @@ def test_what_was_not_finished_is_written_by_the_same_command(
     (tmp_path / "o" / "2.txt").write_text("Another text.", "utf-8")
     assert "2.txt does not begin with its prompt" in run("o", "--resume").stderr
     assert "--resume goes with --prompts" in CliRunner().invoke(app, ["write", "a", "--resume"]).stderr
+
+
+def test_two_do_not_write_to_one_file_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "novel.txt"
+    path.write_text("The sea was calm.")
+    with TextFile(path, append=True) as first:
+        with pytest.raises(OutputError, match="another process is writing"):
+            TextFile(path, append=True)
+        first.echo(" So.")
+    with TextFile(path, append=True) as second:
+        second.echo(" On.")
+    assert path.read_text() == "The sea was calm. So. On."

@@ -265,3 +265,10 @@ def test_the_context_follows_the_window(name: str, asked: dict[str, int], expect
     plan, sizes = recipe.fitted(recipe.load(name, asked), 2048)
     assert (plan.window, plan.context) == (asked["window"], expected)
     assert sizes.context == expected
+
+
+@pytest.mark.parametrize("text", ["&a {b: *a}", "[" * 2000, '!!int ""', "!!bool x", '!!timestamp "x"'])
+def test_what_the_parser_stumbles_over_is_one_line(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text(f"window: {text}\n")
+    assert "is not valid YAML" in refusal(file)

@@ -160,6 +160,47 @@ def test_a_text_that_is_named_twice_is_scored_once(folder: Path, tmp_path: Path,
     assert sorted(e["document"] for e in json.loads(out.read_text("utf-8"))) == [str(first), str(other)]
 
 
+SMALL = ("--window", "32", "--chunk", "16", "--context", "32")
+
+
+def written(folder: Path) -> Path:
+    """The text in a file."""
+    (folder / "a.txt").write_text(TEXT, "utf-8")
+    return folder / "a.txt"
+
+
+def test_results_and_picture_do_not_share_a_file(folder: Path, tmp_path: Path) -> None:
+    text = written(tmp_path)
+    same = tmp_path / "same.png"
+    code, said = run("score", text, "--model", folder, "--json", same, "--plot", same)
+    assert code == 2
+    assert "choose two names" in said
+
+
+def test_a_picture_keeps_its_name(folder: Path, tmp_path: Path) -> None:
+    text = written(tmp_path)
+    (tmp_path / "scores.png").write_text("precious")
+    code, _ = run("score", text, "--model", folder, "--tokens", "40", *SMALL, "--plot", tmp_path / "scores")
+    assert code == 0
+    assert (tmp_path / "scores.png").read_text() == "precious"
+    assert (tmp_path / "scores").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_disk_that_is_full_costs_the_checkpoint_and_not_the_document(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = written(tmp_path)
+    monkeypatch.setattr("templora.bench.checkpoint.EVERY", 0.0)
+    # What stands where the checkpoint is to be written.
+    (tmp_path / ".r.json.checkpoint.part").mkdir()
+    code, said = run(
+        "score", text, "--model", folder, "--tokens", "80", *SMALL, "--json", tmp_path / "r.json"
+    )
+    assert code == 0, said
+    assert "begins this document anew" in said
+    assert json.loads((tmp_path / "r.json").read_text())
+
+
 def test_texts_that_end_together_leave_no_checkpoint_of_one_that_was_stopped_alone(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -688,3 +688,31 @@ def test_a_first_token_that_was_never_drawn_leaves_a_session_that_reads() -> Non
         list(session.write(5, processors=LogitsProcessorList([stops])))  # pyright: ignore[reportArgumentType]
     again.load_state(session.state())
     assert again.read(PROSE) == session.read(PROSE)
+
+
+@pytest.mark.parametrize("other", ["read", "write"])
+def test_what_is_given_while_a_loop_is_open_stays_one_text(other: str) -> None:
+    base = templora.load("novelist")
+    session = base.session(seed=1, window=128)
+    session.read("The keeper lit the lamp and looked at the sea.")
+    loop = session.write(tokens=30)
+    list(islice(loop, 10))
+    if other == "read":
+        session.read(' He said: "Come to ')
+    else:
+        list(session.write(tokens=7))
+    list(loop)
+    assert session.text == base.decode(session.ids)
+
+
+def test_a_draw_that_is_impossible_is_none() -> None:
+    session = BASE.session("default", seed=3, **SIZES)
+    session.read(PROSE)
+    before = session.sampler.draws
+
+    def broken(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores * torch.nan
+
+    with pytest.raises(RuntimeError):
+        list(session.write(5, temperature=1.0, processors=LogitsProcessorList([broken])))
+    assert session.sampler.draws == before

@@ -6,7 +6,7 @@ import pytest
 
 import templora
 from templora.errors import InvalidTemplate
-from templora.template import load
+from templora.template import language, load
 from templora.testing import ByteTokenizer, tiny_llama
 
 NO_SYSTEM = (
@@ -41,3 +41,8 @@ def test_what_is_no_text_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text(text)
     with pytest.raises(InvalidTemplate, match="is no text; put it in quotes"):
         load(tmp_path / "t.yaml", chat_base(NO_SYSTEM), "zh", "en")
+
+
+@pytest.mark.parametrize(("code", "name"), [("zh_CN", "Chinese"), ("pt-BR", "Portuguese"), ("ZH", "Chinese")])
+def test_a_language_is_named_whatever_follows_its_code(code: str, name: str) -> None:
+    assert language(code) == name

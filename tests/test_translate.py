@@ -284,6 +284,19 @@ def test_a_template_that_cannot_work_is_refused(text: str, tmp_path: Path) -> No
         load("chat", tiny_base(), "zh", "en")
 
 
+def test_one_long_line_is_cut_without_being_counted_as_a_whole() -> None:
+    counted: list[int] = []
+
+    def count(text: str) -> int:
+        counted.append(len(text))
+        return len(text)
+
+    line = "ab cd " * 5_000
+    made = blocks([line], "en", count, 100)
+    assert "".join(block.source for block in made).replace(" ", "") == line.replace(" ", "")
+    assert sum(size > 1_000 for size in counted) < 10
+
+
 WORDS = st.text("ab 苏绵。.!?\t", max_size=60)
 
 
