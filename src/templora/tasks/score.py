@@ -126,7 +126,7 @@ def score(
         recipe, seed, overrides: as for `Base.session`.
 
     Raises:
-        InvalidText: a number below 0, or no text.
+        InvalidText: a number below 0.
     """
     if skip < 0 or (tokens is not None and tokens < 0):
         raise InvalidText(f"cannot score {tokens} tokens after the first {skip}; give numbers of 0 or more")
