@@ -17,6 +17,7 @@ import templora
 from benchmarks.measure import Column, in_child, parse, parser, save_table
 from templora.base import Base
 from templora.commands.inputs import text_of
+from templora.events import ChunkScored
 from templora.loading import EMBEDDED
 from templora.sizes import sizes
 from templora.testing import ByteTokenizer, tiny_llama
@@ -29,20 +30,11 @@ KINDS = ("never", "in the window", f"up to {LONG} windows ago", "longer ago", "o
 def nll_by_token(base: Base, ids: Sequence[int], window: int, **changes: Any) -> list[float]:
     """NLL in nats of each token by an adapter that has learned all chunks before it; 0 in the last chunk."""
     session = base.session("default", seed=1, window=window, context=window, **changes)
-    passes, found = session.passes, [0.0] * (len(ids) + 1)  # a token may stand before the text
-    scored, plain = set[int](), passes.nll
-
-    def nll(ids: Sequence[int], span: Any, context: int) -> Any:
-        made = plain(ids, span, context)
-        if span.chunk not in scored:  # the first pass scores; others learn, or try an update out
-            scored.add(span.chunk)
-            found[span.start : span.stop] = made.detach().tolist()
-        return made
-
-    passes.nll = nll
+    found = [0.0] * (len(ids) + 1)  # a token may stand before the text
     session.extend(ids, "")
-    for _ in session.learning():
-        pass
+    for event in session.learning():
+        if isinstance(event, ChunkScored) and session.study.nll is not None:
+            found[event.start : event.start + event.tokens] = session.study.nll.tolist()
     session.discard()
     return found[len(session.ids) - len(ids) :]
 

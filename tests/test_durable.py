@@ -13,6 +13,7 @@ from peft import PeftModel
 import templora
 from templora import header
 from templora.errors import (
+    ON_DISK,
     InvalidText,
     NeedsFolder,
     NoSuchMoment,
@@ -25,7 +26,7 @@ from templora.errors import (
 )
 from templora.events import ChunkLearned, Warned
 from templora.history import History
-from templora.session import ON_DISK, Session
+from templora.session import Session
 from templora.testing import ByteTokenizer, tiny_llama
 from templora.window import Plan
 from tests.sessions import BASE, PROSE, SIZES, base, durable, in_memory, killed, state, written

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 
 from templora import array_step, identity, kernels, lean_attention, loading, start
 from templora.cache import WindowCache
-from templora.cross_entropy import linear_nll, logits_nll
+from templora.cross_entropy import judged, linear_nll, logits_nll
 from templora.errors import InvalidRecipe, InvalidText
 from templora.half import Halves
 from templora.probe import Probe, Watch, probe
@@ -145,20 +145,7 @@ class Base:
 
     def describe(self) -> dict[str, Any]:
         """What makes it this base and no other, as plain values; computed anew each time."""
-        with self.turn:
-            parameters = list(self.model.parameters())
-        # A folder of that name is not what the embedded base was loaded from.
-        is_path = self.name not in ("", loading.EMBEDDED) and Path(self.name).exists()
-        return {
-            "name": str(Path(self.name).resolve()) if is_path else self.name,
-            "model": type(self.model).__name__,
-            "dtype": self.dtype,
-            "parameters": sum(parameter.numel() for parameter in parameters),
-            "positions": self.positions,
-            "weights": self.fingerprint(),
-            **identity.of_tokenizer(self._tokenizer),
-            **({"start": identity.of_tensors(self.start.items())} if self.start else {}),
-        }
+        return identity.of_base(self)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens.
@@ -263,6 +250,17 @@ class Base:
                 hidden = self._hidden(ids, position, cache)[-len(labels) :]
                 return linear_nll(hidden, self.head, target)
             return logits_nll(self._logits(ids, position, cache, keep=len(labels)), target)
+
+    @torch.no_grad()
+    def judged(
+        self, ids: Sequence[int], labels: Sequence[int], position: int, cache: Cache | None, *, half: bool
+    ) -> tuple[Tensor, Tensor]:
+        """As `nll`, without gradients; and whether each label is the likeliest token, bool, [labels]."""
+        target = torch.tensor(labels, device=self.device)
+        with self.turn, lean_attention.lean(len(ids), self.model), self.fast(len(ids), half=half):
+            if self._probe.plain_head:
+                return judged(self._hidden(ids, position, cache)[-len(labels) :], self.head, target)
+            return judged(self._logits(ids, position, cache, keep=len(labels)), nn.Identity(), target)
 
     def fingerprint(self) -> str:
         """SHA-256 over the name, dtype and bytes of every parameter and buffer."""

@@ -7,7 +7,6 @@ A text joins at its beginning and leaves between two chunks. Batches live in mem
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +39,7 @@ class Text(Session):
     @property
     def span(self) -> Span:
         """The chunk that comes next, as far as there is text."""
-        full = self.plan.span(self.chunk)
-        return replace(full, stop=min(full.stop, len(self.ids)))
+        return self.plan.span(self.chunk, len(self.ids))
 
     @property
     def is_full(self) -> bool:

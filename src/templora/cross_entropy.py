@@ -74,6 +74,23 @@ def logits_nll(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.cat([cross_entropy(piece.float(), y, reduction="none") for piece, y in pieces])
 
 
+def judged(hidden: Tensor, head: nn.Module, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """NLL of each label in nats, fp32, and whether it is the likeliest token; without gradients.
+
+    Args:
+        hidden: [tokens, width], what the head is given. labels: [tokens].
+
+    Returns:
+        [tokens], and [tokens] of bool.
+    """
+    nlls, likeliest = list[Tensor](), list[Tensor]()
+    for states, target in zip(hidden.split(PIECE), labels.split(PIECE), strict=True):
+        logits = head(states).float()
+        nlls.append(cross_entropy(logits, target, reduction="none"))
+        likeliest.append(logits.argmax(-1) == target)
+    return torch.cat(nlls), torch.cat(likeliest)
+
+
 def _made_again(nll: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, labels: Tensor) -> Tensor:
     """`nll`, whose logits are not kept for the backward pass but made again, by the same kernels.
 

@@ -70,6 +70,16 @@ class Decoder:
             self.cache.crop(self._before)
             raise
 
+    @contextmanager
+    def looking(self, ids: Sequence[int], span: Span) -> Generator[None]:
+        """What is cached inside, which is the chunk of `span`, full-sized, and none other, is forgotten."""
+        self._enter(ids, span)  # as whatever comes next would
+        before = self.cache.stop
+        try:
+            yield
+        finally:
+            self.cache.crop(before)
+
     def prefix(self, ids: Sequence[int], span: Span, context: int) -> tuple[Cache, int]:
         """The sinks and the `context` tokens before the chunk as a frozen cache, and the next position.
 

@@ -14,7 +14,7 @@ from templora import header, snapshot
 from templora.base import Base, load
 from templora.errors import InvalidText, OutputError, SessionClosed, TemploraError, WrongBase
 from templora.events import ChunkScored, Event, Warned
-from templora.metrics import Reading, Tally, count
+from templora.metrics import Reading, counted
 from templora.recipe import Recipe
 from templora.replay import Replay
 from templora.sampling import Sampler
@@ -97,9 +97,7 @@ class DurableSession(Session):
         Raises:
             NoSuchMoment: the text has no such characters.
         """
-        base, adapted = Tally(), Tally()
-        for event in self.editing(start, end, text, score_base=score_base):
-            count(event, base, adapted)
+        base, adapted = counted(self.editing(start, end, text, score_base=score_base))
         return Reading(len(self.ids), adapted.tokens, base.perplexity, adapted.perplexity)
 
     def editing(self, start: int, end: int, text: str, *, score_base: bool = False) -> Iterator[Event]:
@@ -182,10 +180,6 @@ class DurableSession(Session):
 
     def _looked(self) -> None:
         self.store.look(self.sampler.draws)
-
-    def _forget(self) -> None:
-        self.store.mark("forget")
-        super()._forget()
 
     def _scores_base(self, span: Span, wish: bool) -> bool:
         asked = self.store.history.wish(span.stop)

@@ -3,6 +3,9 @@
 Deliberately knows nothing of torch: the command line imports it before any model is loaded.
 """
 
+# What only a session on disk can do.
+ON_DISK = ("undo", "redo", "rewind", "fork", "edit", "editing", "note", "reseed", "close", "versions")
+
 
 class TemploraError(Exception):
     """Anything a user can mend. The command line prints it in one line and exits with 2."""
@@ -83,6 +86,13 @@ class NoSuchMoment(TemploraError):
 
 class NeedsFolder(TemploraError, AttributeError):
     """Something that only a session on disk can do was asked of one in memory."""
+
+    @classmethod
+    def of(cls, name: str) -> AttributeError:
+        """What to raise where a session has no attribute of that name."""
+        if name in ON_DISK:
+            return cls(f"{name} needs a session on disk; make it with base.session(dir=…)")
+        return AttributeError(f"a session has no attribute {name!r}")
 
 
 class MissingExtra(TemploraError):

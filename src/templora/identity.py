@@ -2,11 +2,35 @@
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from templora.loading import EMBEDDED
+
+if TYPE_CHECKING:
+    from templora.base import Base
+
+
+def of_base(base: "Base") -> dict[str, Any]:
+    """As `Base.describe`."""
+    with base.turn:
+        parameters = list(base.model.parameters())
+    # A folder of that name is not what the embedded base was loaded from.
+    is_path = base.name not in ("", EMBEDDED) and Path(base.name).exists()
+    return {
+        "name": str(Path(base.name).resolve()) if is_path else base.name,
+        "model": type(base.model).__name__,
+        "dtype": base.dtype,
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "positions": base.positions,
+        "weights": base.fingerprint(),
+        **of_tokenizer(base.tokenizer if base.has_tokenizer else None),
+        **({"start": of_tensors(base.start.items())} if base.start else {}),
+    }
 
 
 def of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:

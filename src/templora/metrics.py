@@ -4,6 +4,7 @@ Source of the convention: perplexity = exp(sum of NLL / sum of tokens); bits per
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from templora.events import ChunkScored, Event
@@ -60,6 +61,14 @@ def count(event: Event, base: Tally, adapted: Tally) -> None:
     if isinstance(event, ChunkScored):
         adapted.add(event.adapted_nll, event.tokens)
         base.add(event.base_nll, event.tokens)
+
+
+def counted(events: Iterable[Event]) -> tuple[Tally, Tally]:
+    """The sums of all chunks that are scored there: of the base, and of the adapter."""
+    base, adapted = Tally(), Tally()
+    for event in events:
+        count(event, base, adapted)
+    return base, adapted
 
 
 def change(base: float | None, adapted: float | None) -> float | None:

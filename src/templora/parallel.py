@@ -182,11 +182,6 @@ class ParallelSession(Session):
         news, self._news = self._news, []
         return news
 
-    def _forget(self) -> None:
-        self.settle()
-        super()._forget()
-        self.decoder.forget()
-
     def _begin(self, job: _Job) -> None:
         job.future = self._worker.submit(_learn, self.study, self.plan, job)
         if self.recipe.dropout > 0:

@@ -3,11 +3,13 @@
 What is visible is the plan's business, what is cached the decoder's; this joins them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from templora.adapter import Adapter
 from templora.base import Base
@@ -66,23 +68,63 @@ class Passes:
             self.decoder.forget()
 
     @torch.no_grad()
-    def adapted_nll(self, ids: Sequence[int], span: Span) -> float:
-        """Summed NLL of the chunk's tokens in nats under the adapter, seeing the window."""
+    def adapted_nll(self, ids: Sequence[int], span: Span) -> Tensor:
+        """NLL of the chunk's tokens, [tokens] in nats, under the adapter, seeing the window."""
         with self.adapter.attached():
-            return float(self.nll(ids, span, self.window).sum())
+            return self.nll(ids, span, self.window)
 
     @torch.no_grad()
-    def base_nll(self, ids: Sequence[int], span: Span) -> float:
-        """Summed NLL of the chunk's tokens in nats under the bare base, seeing the window."""
-        return float(self._nll(self._bare, ids, span, self.window).sum())
+    def base_nll(self, ids: Sequence[int], span: Span) -> Tensor:
+        """NLL of the chunk's tokens, [tokens] in nats, under the bare base, seeing the window."""
+        return self._nll(self._bare, ids, span, self.window)
+
+    @torch.no_grad()
+    def judged(
+        self, ids: Sequence[int], span: Span, tokens: int, *, bare: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The chunk's last `tokens`, seeing the window.
+
+        Returns:
+            As `Base.judged`.
+        """
+        decoder = self._bare if bare else self.decoder
+        with nullcontext() if bare else self.adapter.attached():
+            run, position, prefix = self._inputs(decoder, ids, span, self.window)
+            labels = ids[span.stop - tokens : span.stop]
+            found = self.base.judged(run, labels, position, prefix, half=self._half)
+            if prefix is not None:
+                decoder.keep(prefix, span)
+        return found
+
+    @contextmanager
+    def looking(self, ids: Sequence[int], span: Span, stop: int) -> Generator[None]:
+        """What runs inside leaves no trace: whatever the text does next, it does it as if nothing had run.
+
+        span: the chunk that `ids` end in, full-sized. stop: up to which token others may be looked at.
+        """
+        if stop <= span.stop:
+            with self.decoder.looking(ids, span), self._bare.looking(ids, span):
+                yield
+            return
+        before = self.state()  # other chunks' windows will take this one's place
+        try:
+            yield
+        finally:
+            self.load_state(before)
 
     def _nll(self, decoder: Decoder, ids: Sequence[int], span: Span, context: int) -> Tensor:
-        labels = ids[span.start : span.stop]
+        run, position, prefix = self._inputs(decoder, ids, span, context)
+        nll = self.base.nll(run, ids[span.start : span.stop], position, prefix, half=self._half)
+        if prefix is not None:
+            decoder.keep(prefix, span)
+        return nll
+
+    def _inputs(
+        self, decoder: Decoder, ids: Sequence[int], span: Span, context: int
+    ) -> tuple[list[int], int, Cache | None]:
+        """The tokens to run for the chunk's, the position of their first, and what they run on top of."""
         if self._recompute:
             first = max(0, span.start - context)
-            sinks = ids[: min(first, self.sinks)]
-            return self.base.nll([*sinks, *ids[first : span.stop - 1]], labels, half=self._half)
+            return [*ids[: min(first, self.sinks)], *ids[first : span.stop - 1]], 0, None
         prefix, position = decoder.prefix(ids, span, context)
-        nll = self.base.nll(ids[span.start - 1 : span.stop - 1], labels, position, prefix, half=self._half)
-        decoder.keep(prefix, span)
-        return nll
+        return list(ids[span.start - 1 : span.stop - 1]), position, prefix

@@ -7,7 +7,6 @@ taken up again later with the same result.
 import io
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,10 +16,10 @@ from templora.adapter import Adapter
 from templora.base import Base
 from templora.detokenizer import continuing
 from templora.errors import InvalidRecipe, InvalidText, NeedsFolder, SessionClosed
-from templora.events import ChunkScored, ChunkWritten, Event, Token, Warned
+from templora.events import ChunkWritten, Event, Token, Warned
 from templora.learner import Learner
 from templora.memory import fits_in_memory
-from templora.metrics import Reading, Tally, count
+from templora.metrics import Reading, counted
 from templora.passes import Passes
 from templora.pen import Pen, Wishes
 from templora.probe import refuse_modes
@@ -31,12 +30,11 @@ from templora.study import Study
 from templora.window import Span
 
 if TYPE_CHECKING:
+    from templora.tasks.logprobs import Logprobs
     from templora.tasks.translate import Passage
 
 # What a session holds beside its adapter, which is most of its memory.
 BESIDE = ("learner", "passes", "decoder", "study")
-# What only a session on disk can do.
-ON_DISK = ("undo", "redo", "rewind", "fork", "edit", "editing", "note", "reseed", "close", "versions")
 
 
 class Session:
@@ -94,9 +92,8 @@ class Session:
         Raises:
             InvalidText: it is empty, or no text. OutOfMemory: the sizes are too large for this machine.
         """
-        before, base, adapted = max(len(self.ids), len(self.base.prefix_ids)), Tally(), Tally()
-        for event in self.reading(text, score_base=score_base):
-            count(event, base, adapted)
+        before = max(len(self.ids), len(self.base.prefix_ids))
+        base, adapted = counted(self.reading(text, score_base=score_base))
         tokens = len(self.ids) - before
         return Reading(tokens, adapted.tokens, base.perplexity, adapted.perplexity)
 
@@ -116,15 +113,13 @@ class Session:
     def score_rest(self, *, score_base: bool = False) -> Iterator[Event]:
         """Score what does not fill a chunk, without learning it: the end of a text."""
         yield from self._finish_full_chunks(score_base)
-        full = self.plan.span(self.chunk)
-        span = replace(full, stop=min(full.stop, len(self.ids)))
+        span = self.plan.span(self.chunk, len(self.ids))
         if span.tokens < 1:
             return
-        with fits_in_memory(self.plan):
-            base_nll = self.passes.base_nll(self.ids, span) if score_base else None
-            nll = self.passes.adapted_nll(self.ids, span)
-        self._forget()  # what was cached just now belongs to a chunk that is still to be learned
-        yield ChunkScored(span.chunk, span.start, span.tokens, nll, base_nll)
+        full = self.plan.span(self.chunk)
+        with fits_in_memory(self.plan), self.passes.looking(self.ids, full, span.stop):
+            scored = self.study.score(self.ids, span, score_base=score_base)
+        yield scored
 
     def extend(self, ids: Sequence[int], text: str) -> None:
         """Append given tokens and their text without learning yet; any loop learns them first."""
@@ -161,8 +156,7 @@ class Session:
         if not self.ids and not self.base.prefix_ids:
             raise InvalidText("the prompt is empty and this base has no start token; give a prompt")
         if sampling is not None and sampling_wishes:
-            names = ", ".join(sampling_wishes)
-            raise InvalidRecipe(f"sampling and {names} were both given; give one of them")
+            raise InvalidRecipe(f"sampling and {', '.join(sampling_wishes)} were both given; give one")
         draw = sampling or Sampling.of(self.base.model.generation_config, **sampling_wishes)
         return self._write(Wishes(tokens, draw, processors, stop, stop_at_eos, score_base))
 
@@ -205,6 +199,12 @@ class Session:
         self._check_open()
         return translating(self, passages, source_language, target_language, **wishes)
 
+    def logprobs(self, *continuations: str | Sequence[int], base: bool = False) -> "list[Logprobs]":
+        """How likely each is after the text; see `templora.tasks.logprobs`. base: under the bare base."""
+        from templora.tasks.logprobs import logprobs
+
+        return logprobs(self, continuations, base=base)
+
     def state(self) -> dict[str, Any]:
         """All that a session of the same base, recipe and seed needs to continue bit for bit.
 
@@ -222,15 +222,19 @@ class Session:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from what `state` returned."""
+        """Continue from what `state` returned.
+
+        Raises:
+            InvalidRecipe: it is of a session with another recipe; nothing has changed.
+        """
         self._check_open()
+        self.study.load_state(state["study"])
         self.ids, self.chunk, self._written = list(state["ids"]), state["chunk"], state["written"]
         self._moves += 1
         self._text = io.StringIO()
         self._text.write(state["text"])
         self._given = state.get("given", len(state["text"]))
         self.sampler = Sampler(*state["sampler"])
-        self.study.load_state(state["study"])
 
     def discard(self) -> None:
         """Throw the adapter away. The text stays readable; the base is bit for bit what was loaded."""
@@ -259,9 +263,6 @@ class Session:
 
     def _looked(self) -> None:
         """A token was drawn and not appended."""
-
-    def _forget(self) -> None:
-        self.passes.forget()
 
     def _scores_base(self, span: Span, wish: bool) -> bool:
         return wish
@@ -305,9 +306,7 @@ class Session:
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            if name in ON_DISK:
-                raise NeedsFolder(f"{name} needs a session on disk; make it with base.session(dir=…)")
-            raise AttributeError(f"a session has no attribute {name!r}")
+            raise NeedsFolder.of(name)
 
     def _announcements(self) -> Iterator[Event]:
         announced, self._to_announce = self._to_announce, []

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from templora.adapter import Adapter
+from templora.errors import InvalidRecipe
 from templora.events import ChunkLearned, ChunkScored, ChunkSkipped, Event, RolledBack, Warned
 from templora.guard import LOOK_BACK, Guard
 from templora.learner import Learner, NotFinite
@@ -43,13 +44,18 @@ class _Seen:
 
 
 class Study:
-    """Scores and learns the chunks of one text, one after another."""
+    """Scores and learns the chunks of one text, one after another.
+
+    nll, base_nll: of each token of the chunk that was scored last, [tokens] in nats; None where it was not.
+    """
 
     def __init__(self, passes: Passes, learner: Learner, recipe: Recipe) -> None:
         self.passes, self.learner, self.recipe = passes, learner, recipe
         self.adapter: Adapter = learner.adapter
         self.guard = Guard()
         self._good = _Good(self.adapter.snapshot(), self.adapter.version)
+        self.nll: Tensor | None = None
+        self.base_nll: Tensor | None = None
         self._last: _Seen | None = None  # the chunk learned last, if the next update is one to be checked
 
     def finish(
@@ -65,11 +71,12 @@ class Study:
         started = time.perf_counter()
         with self.adapter.attached(), torch.set_grad_enabled(one_pass):
             first = self.passes.nll(ids, span, self.passes.window)
-        adapted, base = float(first.detach().sum()), None
+        self.nll, self.base_nll = first.detach(), None
         # Where that pass is also the first of learning, its time counts as learning.
         spent = time.perf_counter() - started if one_pass else 0.0
         if score_base or self.needs_base:
-            base = self.passes.base_nll(ids, span)
+            self.base_nll = self.passes.base_nll(ids, span)
+        adapted, base = _sum(self.nll), None if self.base_nll is None else _sum(self.base_nll)
         before = self.guard.state()
         try:
             events, learns = self.judge(ids, span, written, adapted, base, score_base=score_base)
@@ -81,6 +88,13 @@ class Study:
             self.guard.load_state(before)
             raise
         return events
+
+    def score(self, ids: Sequence[int], span: Span, *, score_base: bool) -> ChunkScored:
+        """Score a chunk that is not to be learned."""
+        self.nll = self.passes.adapted_nll(ids, span)
+        self.base_nll = self.passes.base_nll(ids, span) if score_base else None
+        base = None if self.base_nll is None else _sum(self.base_nll)
+        return ChunkScored(span.chunk, span.start, span.tokens, _sum(self.nll), base)
 
     @property
     def one_pass(self) -> bool:
@@ -170,6 +184,7 @@ class Study:
         """Adapter, optimiser, guard and caches: plain values and tensors, copied."""
         good, last = self._good, self._last
         return {
+            "recipe": self.recipe.model_dump(mode="json"),
             "weights": self.adapter.snapshot(),
             "version": self.adapter.version,
             "learner": self.learner.state(),
@@ -180,7 +195,15 @@ class Study:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from what `state` returned."""
+        """Continue from what `state` returned.
+
+        Raises:
+            InvalidRecipe: it was learned by another recipe.
+        """
+        own = self.recipe.model_dump(mode="json")
+        others = [key for key, value in state.get("recipe", own).items() if value != own.get(key, value)]
+        if others:
+            raise InvalidRecipe(f"that state was learned with another {', '.join(others)}; use its recipe")
         self.adapter.restore(state["weights"], state["version"])
         self.learner.load_state(state["learner"])
         self.guard.load_state(state["guard"])
@@ -197,7 +220,7 @@ class Study:
 
     def _helps(self, ids: Sequence[int], span: Span, score: float) -> bool:
         """Whether the updated adapter does no worse on this chunk, and on the one before, than unlearned."""
-        if not self.passes.adapted_nll(ids, span) <= score + SLACK * span.tokens:
+        if not _sum(self.passes.adapted_nll(ids, span)) <= score + SLACK * span.tokens:
             return False
         last = self._last
         return last is None or self.passes.again(last.ids, last.tokens) <= last.nll + SLACK * last.tokens
@@ -235,3 +258,7 @@ class Study:
             self.guard.went_back = False
             self._good = _Good(self.adapter.snapshot(), self.adapter.version)
         return None
+
+
+def _sum(nll: Tensor) -> float:
+    return float(nll.sum())

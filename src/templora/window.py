@@ -82,16 +82,17 @@ class Plan:
         needed = self.needed
         return max(needed, min(self.positions or 2 * needed, max(4 * needed, LEAST_ROOM)))
 
-    def span(self, chunk: int) -> Span:
-        """The chunk of that number, full-sized."""
+    def span(self, chunk: int, tokens: int | None = None) -> Span:
+        """The chunk of that number, as far as a text of so many tokens goes; None: full-sized."""
         start = FIRST_TARGET + chunk * self.chunk
-        return Span(chunk, max(0, start - self.window), start, start + self.chunk)
+        stop = start + self.chunk
+        return Span(chunk, max(0, start - self.window), start, stop if tokens is None else min(stop, tokens))
 
     def spans(self, tokens: int) -> Iterator[Span]:
         """The chunks of a text of that many tokens; the last one may be short."""
         chunk = 0
-        while (span := self.span(chunk)).start < tokens:
-            yield Span(chunk, span.visible, span.start, min(span.stop, tokens))
+        while (span := self.span(chunk, tokens)).start < tokens:
+            yield span
             chunk += 1
 
 

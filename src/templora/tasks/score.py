@@ -13,6 +13,7 @@ from templora.errors import InvalidText
 from templora.events import ChunkLearned, ChunkScored, ChunkSkipped, Event, RolledBack, Warned
 from templora.metrics import Tally, change, count, perplexity
 from templora.session import Session
+from templora.study import Study
 from templora.window import FIRST_TARGET
 
 
@@ -23,6 +24,7 @@ class Scores:
     chunks: start and tokens as in the text, base_nll and adapted_nll in nats summed over the chunk (None
     where the base was not asked), learn_seconds, and where the guard stepped in what it did: `guard` is the
     reason why a chunk was not learned, or "rolled_back"; or "not_finite" where its update had to be dropped.
+    Where asked for, adapted_token_nll and base_token_nll: lists of each token's.
     """
 
     base: Tally = field(default_factory=Tally)
@@ -58,6 +60,11 @@ class Scores:
             self.chunks[-1]["guard"] = event.kind
         elif isinstance(event, Warned) and event.code == "not_finite":
             self.chunks[-1]["guard"] = event.code
+
+    def take_tokens(self, study: Study) -> None:
+        """Add what each token of the chunk that was scored last came to."""
+        for key, nll in (("adapted_token_nll", study.nll), ("base_token_nll", study.base_nll)):
+            self.chunks[-1][key] = None if nll is None else nll.tolist()
 
     def restore(self, chunks: list[dict[str, Any]]) -> None:
         """Take over the chunks of a run that was stopped."""
@@ -116,6 +123,7 @@ def score(
     tokens: int | None = None,
     skip: int = 0,
     score_base: bool = True,
+    by_token: bool = False,
     **overrides: Any,
 ) -> Scores:
     """Score a text on a fresh session and throw the adapter away.
@@ -123,6 +131,7 @@ def score(
     Args:
         tokens, skip: score that many tokens after skipping so many; all by default.
         score_base: also score each chunk under the bare base with the same window.
+        by_token: also say of each token, in `Scores.chunks`, what it came to.
         recipe, seed, overrides: as for `Base.session`.
 
     Raises:
@@ -136,6 +145,8 @@ def score(
     try:
         for event in scoring(session, ids, score_base=score_base):
             scores.take(event)
+            if by_token and isinstance(event, ChunkScored):
+                scores.take_tokens(session.study)
     finally:
         session.discard()
     return scores

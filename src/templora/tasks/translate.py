@@ -166,10 +166,7 @@ class Translator:
                     events = study.finish(ids, span, own, score_base=record.base)
                 else:
                     skipped = ChunkSkipped(number, span.start, span.tokens, "check")
-                    base_nll = study.passes.base_nll(ids, span) if record.base else None
-                    nll = study.passes.adapted_nll(ids, span)
-                    scored = ChunkScored(number, span.start, span.tokens, nll, base_nll)
-                    events = [scored, skipped]
+                    events = [study.score(ids, span, score_base=record.base), skipped]
         study.passes.forget()  # the next passage has a prompt of its own
         self.done.append(record)
         start = self._tokens
