@@ -1,5 +1,7 @@
 """The base: how many positions it has, how it ends and begins a text, what it refuses."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import templora
 from templora import loading
-from templora.errors import MissingExtra, ModelNotFound, UnsupportedModel
+from templora.errors import InvalidRecipe, MissingExtra, ModelNotFound, UnsupportedModel
 from templora.probe import PACKS
 from templora.testing import ByteTokenizer, tiny_llama
 from tests.architectures import ARCHITECTURES, MORE, POSITIONS, Architecture
@@ -88,6 +90,35 @@ def test_a_model_that_cannot_be_differentiated_is_refused() -> None:
         model = tiny_llama()
     with pytest.raises(UnsupportedModel, match="load it outside"):
         templora.load(model=model)
+
+
+LOADED_IN_LITTLE = """
+import resource, sys, templora
+templora.load(sys.argv[1])  # what is imported on the way needs memory, too
+lines = open("/proc/self/status").read().splitlines()
+size = next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (size + 2**20, size + 2**20))
+try:
+    templora.load(sys.argv[2])
+except templora.TemploraError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_model_that_memory_does_not_hold_is_refused(tmp_path: Path) -> None:
+    for name, width in (("small", 32), ("large", 512)):
+        tiny_llama(hidden_size=width, intermediate_size=16 * width).save_pretrained(tmp_path / name)
+        ByteTokenizer().save_pretrained(tmp_path / name)
+    command = [sys.executable, "-c", LOADED_IN_LITTLE, tmp_path / "small", tmp_path / "large"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert f"{tmp_path / 'large'} does not fit on cpu" in done.stdout, done.stderr
+
+
+def test_a_model_in_the_place_of_a_name_is_told_where_to_go() -> None:
+    for wrong in ({"name": tiny_llama()}, {"model": "novelist"}):
+        with pytest.raises(InvalidRecipe, match="a loaded model by model="):
+            templora.load(**wrong)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_damaged_model_is_an_error_in_one_line(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import templora
 from templora import header
 from templora.errors import (
     ON_DISK,
+    InvalidRecipe,
     InvalidText,
     NeedsFolder,
     NoSuchMoment,
@@ -544,3 +545,9 @@ def test_a_folder_called_like_the_embedded_base_is_not_it(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "novelist").mkdir()
     assert templora.load("novelist").describe()["name"] == "novelist"
+
+
+def test_a_budget_below_zero_is_refused_before_there_is_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRecipe, match="budget -1"):
+        BASE.session(dir=tmp_path / "s", budget=-1)
+    assert not (tmp_path / "s").exists()

@@ -35,7 +35,8 @@ def test_importing_loads_nothing_heavy(statement: str) -> None:
 
 def test_the_public_names_are_these() -> None:
     names = (
-        "Base DurableSession Recipe Session TemploraError generate load resume score score_batch write_batch"
+        "Base DurableSession Passage Recipe Sampling Session TemploraError "
+        "generate load resume score score_batch write_batch"
     )
     assert sorted(templora.__all__) == names.split()
 

@@ -103,6 +103,7 @@ def test_the_command_writes_results_resumes_and_survives_a_bad_file(folder: Path
     other.write_text(TEXT[::-1], "utf-8")
     bad.write_bytes(b"\xff\xfe\x00")
     out, picture = tmp_path / "scores.json", tmp_path / "scores.png"
+    out.symlink_to(tmp_path / "kept.json")
     options = ["--model", folder, "--window", "32", "--chunk", "16", "--context", "32", "--json", out]
     code, errors = run("score", good, bad, *options, "--plot", picture)
     assert code == 2
@@ -111,6 +112,7 @@ def test_the_command_writes_results_resumes_and_survives_a_bad_file(folder: Path
     assert entry["document"] == str(good)
     assert entry.keys() >= {"tokens", "base", "adapted", "chunks", "seconds", "learn_seconds", "peak_rss_mb"}
     assert entry.keys() >= {"config", "versions", "git", "seed"}
+    assert out.is_symlink() and len(json.loads((tmp_path / "kept.json").read_text("utf-8"))) == 1
     assert picture.stat().st_size > 10_000
     assert run("score", good, *options)[0] == 2, "results must not be overwritten"
     code, errors = run("score", good, other, *options, "--resume")
@@ -530,3 +532,22 @@ def test_a_checkpoint_that_is_none_is_not_gone_on_from(base: Base, tmp_path: Pat
     checkpoint.begin("a", session, ids, score_base=True)
     assert checkpoint.restore(session, Scores.of(base, ids)) == 0.0
     assert session.ids == []
+
+
+def test_the_commit_is_of_this_package_not_of_what_it_lies_in(tmp_path: Path) -> None:
+    """As where a project keeps its virtual environment inside."""
+    source = Path(templora.__file__).parent / "bench" / "result.py"
+    package = tmp_path / "project" / ".venv" / "templora"
+    package.mkdir(parents=True)
+    (package / "result.py").write_bytes(source.read_bytes())
+    (tmp_path / "project" / "novel.txt").write_text("x")
+    me = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "novel.txt"], [*me, "commit", "-qm", "begin"]):
+        subprocess.run(["git", *words], cwd=tmp_path / "project", check=True)
+    ask = "import result; print(result.git_commit())"
+    asked = [sys.executable, "-c", ask]
+    done = subprocess.run(asked, cwd=package, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "None"
+    subprocess.run(["git", "add", "-f", ".venv"], cwd=tmp_path / "project", check=True)
+    done = subprocess.run(asked, cwd=package, capture_output=True, text=True, check=True)
+    assert len(done.stdout.strip().rstrip("+")) == 40

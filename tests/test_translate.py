@@ -888,6 +888,25 @@ def test_a_session_keeps_its_source_and_settings(tiny: str, here: Path) -> None:
         assert "holds a translation; go on with templora translate" in done.stderr
 
 
+@pytest.mark.parametrize("how", ["lost", "damaged"])
+def test_a_lost_header_is_restored_from_the_journal(tiny: str, here: Path, how: str) -> None:
+    run(f"{arguments(tiny)} --references en.txt")
+    head, text = Path("out.txt.session/session.json"), Path("out.txt").read_text("utf-8")
+    before = head.read_text("utf-8")
+    head.unlink() if how == "lost" else head.write_text(before[:-40], "utf-8")
+    done = run(f"{arguments(tiny)} --references en.txt")
+    assert "session.json is damaged or missing; it was restored from the journal" in done.stderr
+    assert (head.read_text("utf-8"), Path("out.txt").read_text("utf-8")) == (before, text)
+
+
+def test_an_output_that_is_a_link_stays_one(tiny: str, here: Path) -> None:
+    Path("elsewhere").mkdir()
+    Path("out.txt").symlink_to("elsewhere/book.txt")
+    run(f"{arguments(tiny)} --references en.txt")
+    assert Path("out.txt").is_symlink()
+    assert Path("elsewhere/book.txt").read_text("utf-8") == Path("en.txt").read_text("utf-8")
+
+
 def test_no_other_file_is_overwritten(tiny: str, here: Path) -> None:
     run(arguments(tiny))
     Path("diary.txt").write_text("Dear diary", "utf-8")

@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from templora.errors import TemploraError
     from templora.hook import generate
     from templora.recipe import Recipe
+    from templora.sampling import Sampling
     from templora.session import Session
     from templora.tasks.batch import score_batch, write_batch
     from templora.tasks.score import score
+    from templora.tasks.translate import Passage
 
 # Imported on first use: `import templora` must stay instant, and torch is not.
 _HOME = {
@@ -22,7 +24,9 @@ _HOME = {
     "Session": "session",
     "DurableSession": "durable",
     "resume": "durable",
+    "Passage": "tasks.translate",
     "Recipe": "recipe",
+    "Sampling": "sampling",
     "TemploraError": "errors",
     "generate": "hook",
     "score": "tasks.score",
@@ -33,7 +37,9 @@ _HOME = {
 __all__ = [
     "Base",
     "DurableSession",
+    "Passage",
     "Recipe",
+    "Sampling",
     "Session",
     "TemploraError",
     "generate",

@@ -310,6 +310,8 @@ def load(
         MissingExtra: 4bit, a GGUF file or smollm2, and what that needs is not installed.
         InvalidRecipe: a loaded model, and a dtype or device as well.
     """
+    if isinstance(name, nn.Module) or isinstance(model, str | Path):
+        raise InvalidRecipe("load takes a loaded model by model=…, and a name without it")
     if model is not None:
         if dtype is not None or device is not None:
             raise InvalidRecipe("a loaded model has its dtype and device; leave them out, or use model.to(…)")

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from templora import header, snapshot
 from templora.base import Base, load
-from templora.errors import InvalidText, OutputError, SessionClosed, TemploraError, WrongBase
+from templora.errors import InvalidRecipe, InvalidText, OutputError, SessionClosed, TemploraError, WrongBase
 from templora.events import ChunkScored, Event, Warned
 from templora.metrics import Reading, counted
 from templora.recipe import Recipe
@@ -54,7 +54,7 @@ class DurableSession(Session):
 
     @property
     def versions(self) -> list[Version]:
-        """All saved versions, oldest first; `templora.resume` can go back to any."""
+        """All saved versions, oldest first; `rewind` can go back to any."""
         return self.store.versions.all()
 
     def undo(self, chunks: int = 1) -> None:
@@ -280,6 +280,8 @@ def create(
     base: Base, dir: str | Path, recipe: str | Path | Recipe, seed: int, budget: int | None, **overrides: Any
 ) -> DurableSession:
     """Begin a session in a folder; see `Base.session`."""
+    if budget is not None and budget < 0:
+        raise InvalidRecipe(f"budget {budget} is no number of bytes; give 0 or more")
     plain = Session(base, recipe, seed=seed, **overrides)
     announced, fitted = list(plain.learning()), plain.recipe
     plain.discard()

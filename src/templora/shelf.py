@@ -38,12 +38,7 @@ def begin(folder: Path, head: header.Header) -> None:
 def find(folder: Path) -> list[Path]:
     """Sessions in a folder, and the folder itself if it is one; not deeper."""
     candidates = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
-    return [path for path in candidates if os.access(path, os.X_OK) and is_session(path)]
-
-
-def is_session(folder: Path) -> bool:
-    """Whether there is one, in whatever state."""
-    return (folder / header.NAME).exists() or (folder / JOURNAL).exists()
+    return [path for path in candidates if os.access(path, os.X_OK) and exists(path)]
 
 
 def header_of(folder: Path) -> tuple[header.Header, str]:

@@ -64,6 +64,7 @@ def git_commit() -> str | None:
     """The commit this package runs from, with "+" if its files were changed; None outside a checkout."""
     folder = Path(__file__).parent
     try:
+        _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)  # else it merely lies in one
         commit = _git(folder, "rev-parse", "HEAD")
         return commit + ("+" if _git(folder, "status", "--porcelain", "--", str(folder)) else "")
     except (OSError, subprocess.CalledProcessError):

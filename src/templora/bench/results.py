@@ -72,6 +72,7 @@ def put(path: Path, text: str) -> None:
     Raises:
         OutputError: it cannot be written.
     """
+    path = path.resolve()  # a link stays one
     temporary = _part(path, text)
     try:
         temporary.replace(path)

@@ -9,6 +9,7 @@ from typing import Any
 
 from templora.errors import InvalidText, OutputError
 from templora.formats import book, epub_pages, side_by_side, units
+from templora.formats.elements import printable
 from templora.formats.extra import needed
 
 TOOLKIT = {".tmx": ("tmx", "tmxfile"), ".xlf": ("xliff", "xlifffile"), ".xliff": ("xliff", "xlifffile")}
@@ -102,7 +103,7 @@ def write(
         _writer(path, original)(part, document, original)
         if ready:
             ready(part)
-        os.replace(part, path)
+        os.replace(part, path.resolve())  # a link stays one
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
@@ -248,11 +249,11 @@ def _with_toolkit(path: Path, suffix: str, document: Document, original: Path) -
     kind = getattr(needed(f"translate.storage.{module}", f"writing {suffix} files", "translate"), name)
     store = kind(sourcelanguage=source, targetlanguage=target)
     for number, segment in enumerate(document.segments, 1):
-        unit = store.addsourceunit(epub_pages.printable(segment.source))
+        unit = store.addsourceunit(printable(segment.source))
         if hasattr(unit, "setid"):
             unit.setid(str(number))
         if segment.target:
-            unit.settarget(epub_pages.printable(segment.target), target or "und")
+            unit.settarget(printable(segment.target), target or "und")
             if module == "xliff":
                 unit.markreviewneeded()  # no person has approved it
     content = bytes(store)

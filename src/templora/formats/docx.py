@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from templora.errors import InvalidText
+from templora.formats.elements import local
 from templora.formats.extra import needed
 
 # What goes round paragraphs, rows or cells: content controls and custom XML.
@@ -39,7 +40,7 @@ def read(path: Path) -> str:
         if body is None:
             raise ValueError("it has no body")
         blocks = [
-            _table(inner) if _local(inner) == "tbl" else _paragraph(paragraph(inner, document._body))
+            _table(inner) if local(inner) == "tbl" else _paragraph(paragraph(inner, document._body))
             for inner in _inside(body, "p", "tbl")
         ]
     # What a damaged file raises depends on where it is damaged: zipfile, zlib, lxml or python-docx.
@@ -63,18 +64,18 @@ def _table(table: Any) -> str:
 
 def _cell(cell: Any) -> str:
     inside = _inside(cell, "p", "tbl")
-    return "\n".join(_table(i) if _local(i) == "tbl" else _words(i) for i in inside).strip()
+    return "\n".join(_table(i) if local(i) == "tbl" else _words(i) for i in inside).strip()
 
 
 def _words(paragraph: Any) -> str:
     # A page may end in the middle of a paragraph; python-docx says nothing for that.
-    return "".join("\n" if _local(word) == "br" else str(word) for word in paragraph.xpath(WORDS))
+    return "".join("\n" if local(word) == "br" else str(word) for word in paragraph.xpath(WORDS))
 
 
 def _inside(element: Any, *names: str) -> Iterator[Any]:
     """The elements of these names directly in it, or in no more than a wrapper."""
     for inner in element:
-        name = _local(inner)
+        name = local(inner)
         if name in names:
             yield inner
         # A table of contents is made of the headings, which follow.
@@ -85,7 +86,3 @@ def _inside(element: Any, *names: str) -> Iterator[Any]:
 def _is_contents(control: Any) -> bool:
     kinds = control.iterfind("./{*}sdtPr/{*}docPartObj/{*}docPartGallery")
     return any("Table of Contents" in kind.attrib.values() for kind in kinds)
-
-
-def _local(element: Any) -> str:
-    return element.tag.rpartition("}")[2] if isinstance(element.tag, str) else ""

@@ -11,6 +11,7 @@ from typing import Any
 
 from templora.errors import InvalidText
 from templora.formats.chapters import Chapter
+from templora.formats.elements import printable
 from templora.formats.extra import needed
 
 # Elements that begin a paragraph of their own.
@@ -52,14 +53,14 @@ def write(path: Path, title: str, chapters: list[Chapter], language: str = "en")
         OSError: it cannot be written.
     """
     epub = needed("ebooklib.epub", "writing EPUB")
-    title, language = _printable(title), _printable(language)
+    title, language = printable(title), printable(language)
     book = epub.EpubBook()
     book.set_identifier(re.sub(r"\W+", "-", title) or "text")
     book.set_title(title)
     book.set_language(language)
     pages: list[Any] = []
     for number, chapter in enumerate(chapters, 1):
-        named = _printable(chapter.title)
+        named = printable(chapter.title)
         page = epub.EpubHtml(title=named or title, file_name=f"chapter-{number:03}.xhtml", lang=language)
         heading = f"<h1>{escape(named)}</h1>" if named else ""
         page.content = heading + "".join(_paragraph(text) for text in chapter.paragraphs) or "<p></p>"
@@ -76,12 +77,7 @@ def write(path: Path, title: str, chapters: list[Chapter], language: str = "en")
 
 
 def _paragraph(text: str) -> str:
-    return f"<p>{escape(_printable(text)).replace(chr(10), '<br/>')}</p>"
-
-
-def _printable(text: str) -> str:
-    """Without the control characters that XML cannot hold."""
-    return re.sub("[\x00-\x08\x0b-\x1f\ud800-\udfff\ufffe\uffff]", "", text)
+    return f"<p>{escape(printable(text)).replace(chr(10), '<br/>')}</p>"
 
 
 def _page(item: Any, html: Any, etree: Any) -> str:

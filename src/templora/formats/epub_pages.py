@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from templora.errors import InvalidText
+from templora.formats.elements import local, printable
 from templora.formats.epub import DECLARED
 from templora.formats.extra import needed
 
@@ -86,11 +87,6 @@ def write(path: Path, original: Path, targets: Sequence[str | None], language: s
                 content = changed.get(info.filename) or _unpacked(file, info, original)
                 # Name, date, place and packing of each entry stay: the first must come first, unpacked.
                 out.writestr(info, content, info.compress_type)
-
-
-def printable(text: str) -> str:
-    """Without the characters that XML cannot hold."""
-    return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]", "", text)
 
 
 def _opened(path: Path) -> zipfile.ZipFile:
@@ -169,23 +165,19 @@ def _pages(file: zipfile.ZipFile, path: Path) -> Iterator[tuple[str, Any]]:
                 yield name, page
 
 
-def _local(element: Any) -> str:
-    return element.tag.rpartition("}")[2] if isinstance(element.tag, str) else ""
-
-
 def _passages(root: Any) -> list[Any]:
     """The elements that hold a passage each, in reading order; made where words stand beside a block."""
-    bodies = [element for element in root.iter() if _local(element) == "body"]
+    bodies = [element for element in root.iter() if local(element) == "body"]
     return [element for body in bodies for element in _blocks(body)]
 
 
 def _blocks(element: Any) -> Iterator[Any]:
-    if _local(element) in KEPT | APART:
+    if local(element) in KEPT | APART:
         return
-    if _local(element) in BLOCKS and not _holds_block(element):
+    if local(element) in BLOCKS and not _holds_block(element):
         if _text(element):
             yield element
-    elif _local(element) in HOLDERS:
+    elif local(element) in HOLDERS:
         yield from _beside_blocks(element)
     else:
         for inner in list(element):
@@ -208,13 +200,13 @@ def _beside_blocks(element: Any) -> Iterator[Any]:
 
 
 def _in_line(element: Any) -> bool:
-    name = _local(element)
+    name = local(element)
     return not name or name in KEPT or (name in INLINE and not _holds_block(element))
 
 
 def _holds_block(element: Any) -> bool:
-    inside = (inner for inner in element if _local(inner) not in KEPT)
-    return any(_local(inner) in BLOCKS | APART or _holds_block(inner) for inner in inside)
+    inside = (inner for inner in element if local(inner) not in KEPT)
+    return any(local(inner) in BLOCKS | APART or _holds_block(inner) for inner in inside)
 
 
 def _single(words: str, run: list[Any]) -> Any:
@@ -236,7 +228,7 @@ def _wrapped(element: Any, before: Any, run: list[Any]) -> Any:
 
 
 def _made(parent: Any, name: str) -> Any:
-    return parent.makeelement(parent.tag[: -len(_local(parent))] + name)
+    return parent.makeelement(parent.tag[: -len(local(parent))] + name)
 
 
 def _text(element: Any) -> str:
@@ -251,17 +243,17 @@ def _words(text: str | None, inside: Iterable[Any]) -> Iterator[str]:
     """A text and that of the elements after it, with what follows each; what stays as it is says nothing."""
     yield text or ""
     for inner in inside:
-        if _local(inner) == "br":
+        if local(inner) == "br":
             yield " "
         # A comment has no name, only what follows it.
-        if _local(inner) and _local(inner) not in KEPT | READINGS:
+        if local(inner) and local(inner) not in KEPT | READINGS:
             yield from _words(inner.text, inner)
         yield inner.tail or ""
 
 
 def _worded(element: Any) -> bool:
     """Whether it can hold words by itself, and does; where readings stood above some there would be none."""
-    name = _local(element)
+    name = local(element)
     return bool(name) and name != "ruby" and name not in KEPT | READINGS and bool(_text(element))
 
 
@@ -272,8 +264,8 @@ def _replace(element: Any, text: str) -> Any:
         The element that they stand in: it, or one inside of it.
     """
     element = _around_all_words(element)
-    inside = [inner for inner in element.iterdescendants() if _local(inner)]
-    pictures = [inner for inner in inside if _local(inner) in KEPT]
+    inside = [inner for inner in element.iterdescendants() if local(inner)]
+    pictures = [inner for inner in inside if local(inner) in KEPT]
     of_kept = {id(e) for picture in pictures for e in picture.iterdescendants()}
     kept = [deepcopy(picture) for picture in pictures if id(picture) not in of_kept]
     marks = [i.get("id") for i in inside if i.get("id") and i not in pictures and id(i) not in of_kept]
@@ -301,7 +293,7 @@ def _set_language(element: Any, language: str | None) -> None:
     """Of its words, and their direction, wherever one is named."""
     leftward = re.split("[-_]", (language or "").lower())[0] in LEFTWARD
     for around in (element, *element.iterancestors()) if language else ():
-        if around.get("dir") in ("ltr", "rtl") or (leftward and _local(around) == "html"):
+        if around.get("dir") in ("ltr", "rtl") or (leftward and local(around) == "html"):
             around.set("dir", "rtl" if leftward else "ltr")
         for name in (XML_LANGUAGE, "lang"):
             if name in around.attrib:

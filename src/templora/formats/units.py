@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from templora.formats.epub_pages import printable
+from templora.formats.elements import local, printable
 from templora.formats.extra import needed
 
 # What they hold is markup of the file that the text was taken from, no words.
@@ -40,7 +40,7 @@ def texts(unit: Any) -> tuple[str, str | None]:
 
 def _text(node: Any, text: str | None) -> str | None:
     """text: as the toolkit takes it, white space as the file says, but with what codes hold."""
-    if node is None or not any(_local(inner) in CODES for inner in node.iterdescendants()):
+    if node is None or not any(local(inner) in CODES for inner in node.iterdescendants()):
         return text
     return SPACE.sub(" ", "".join(_words(_held(node)))).strip()
 
@@ -48,7 +48,7 @@ def _text(node: Any, text: str | None) -> str | None:
 def _words(node: Any) -> Iterator[str]:
     yield node.text or ""
     for inner in node:
-        if _local(inner) and _local(inner) not in CODES:
+        if local(inner) and local(inner) not in CODES:
             yield from _words(inner)
         yield inner.tail or ""
 
@@ -81,7 +81,7 @@ def _fill_tmx(unit: Any, text: str, language: str) -> None:
 
 def _fill_xliff(unit: Any, text: str, language: str) -> None:
     element, node = unit.xmlelement, unit.target_dom
-    before = next((inner for inner in reversed(element) if _local(inner) in BEFORE), None)
+    before = next((inner for inner in reversed(element) if local(inner) in BEFORE), None)
     if before is None:  # a group of plural forms
         unit.settarget(text, language)
         return
@@ -106,8 +106,4 @@ def _say(node: Any, text: str) -> None:
 
 def _held(node: Any) -> Any:
     """What holds the words: TMX has an element for that inside of a language's."""
-    return next((inner for inner in node if _local(inner) == "seg"), node)
-
-
-def _local(element: Any) -> str:
-    return element.tag.rpartition("}")[2] if isinstance(element.tag, str) else ""
+    return next((inner for inner in node if local(inner) == "seg"), node)

@@ -107,10 +107,10 @@ def write_batch(
     return _numbered(Batch(base, recipe, size=size, **overrides), _several(prompts), wishes, seed)
 
 
-def _several(texts: Sequence[str]) -> Sequence[str]:
+def _several(texts: Iterable[str]) -> list[str]:
     if isinstance(texts, str):
         raise InvalidText("one string stands where several texts belong; put it into a list")
-    return texts
+    return list(texts)
 
 
 def _numbered(batch: Batch, prompts: Sequence[str], wishes: Wishes, seed: int) -> Iterator[tuple[int, Event]]:

@@ -37,14 +37,16 @@ class Ledger:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if not (folder / header.NAME).exists():
+        if not shelf.exists(folder):
             raise NotASession(f"{folder} holds no translation; begin one with templora translate")
         self._lock = Lock(folder / shelf.LOCK)
         try:
-            self.header = header.read(folder)
-            header.check_format(self.header, folder)
+            self.header, problem = shelf.header_of(folder)
             if "translation" not in self.header:
                 raise NotASession(f"{folder} holds a session, no translation; choose another --session")
+            if problem:
+                header.write(folder, self.header)
+            self._mended = f"{problem}; it was restored from the journal" if problem else ""
             contents = journal.read(folder / shelf.JOURNAL)
             self._journal = Journal(folder / shelf.JOURNAL, contents)
             self._versions = Versions(folder / shelf.VERSIONS)
@@ -132,6 +134,8 @@ class Ledger:
     def restore(self, translator: Translator) -> Iterator[Event]:
         """Bring a fresh translator to the end of the records, learning again what no version holds."""
         study, done = translator.session.study, 0
+        if self._mended:
+            yield Warned("mended", self._mended)
         for version in reversed(self._versions.all()):
             if version.chunk <= len(self.records) and version.digest == self._digest(version.chunk):
                 if not self._versions.is_whole(version):
