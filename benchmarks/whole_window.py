@@ -20,6 +20,7 @@ from benchmarks import shapes
 from benchmarks.measure import peak_mb
 from benchmarks.plain import generate
 from templora.base import Base
+from templora.cache import on_top_of
 from templora.decoder import Decoder
 from templora.window import Plan, Span
 
@@ -70,7 +71,7 @@ def transformers(base: Base, length: int, tokens: int) -> list[float]:
     start, cache, clock = length - tokens, DynamicCache(), Clock()
     for block, keys, values in states(base, start - 1):
         cache.update(keys, values, block)
-    generate(base.model, [1] * start, tokens, past_key_values=cache, streamer=clock)
+    generate(base.model, [1] * start, tokens, streamer=clock, **on_top_of(base.model, cache))
     return gaps(clock.clocks)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from templora.cache import WindowCache
+from templora.cache import WindowCache, on_top_of
 from templora.testing import tiny_llama
 
 MODEL = tiny_llama(initializer_range=0.2).requires_grad_(False)
@@ -21,7 +21,7 @@ IDS = [(37 * i + 11) % 250 for i in range(60)]
 def run(cache: Cache, ids: Sequence[int], position: int) -> Tensor:
     """Logits of these tokens on top of the cache, [tokens, vocab]."""
     positions = torch.arange(position, position + len(ids)).unsqueeze(0)
-    return MODEL(torch.tensor([ids]), position_ids=positions, past_key_values=cache, use_cache=True).logits[0]
+    return MODEL(torch.tensor([ids]), position_ids=positions, **on_top_of(MODEL, cache)).logits[0]
 
 
 def layers(cache: Cache) -> list[Any]:
@@ -211,7 +211,7 @@ def test_gradients_flow_through_new_keys_and_not_into_the_prefix() -> None:
     cache = filled(12)
     embedded = MODEL.model.embed_tokens(torch.tensor([IDS[12:20]])).detach().requires_grad_()
     prefix = cache.prefix(0, 12)
-    MODEL(inputs_embeds=embedded, past_key_values=prefix, use_cache=True).logits[0, -1].sum().backward()
+    MODEL(inputs_embeds=embedded, **on_top_of(MODEL, prefix)).logits[0, -1].sum().backward()
     assert embedded.grad is not None
     # The first new token reaches the last output only through its keys and values.
     assert embedded.grad[0, 0].abs().sum() > 0

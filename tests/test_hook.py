@@ -21,6 +21,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 import templora
 from templora.base import Base
+from templora.cache import on_top_of
 from templora.errors import InvalidRecipe
 from templora.testing import ByteTokenizer, tiny_llama
 
@@ -272,7 +273,7 @@ def test_what_a_session_cannot_do_is_refused(kwargs: dict[str, Any], reason: str
 def test_tokens_that_are_in_a_cache_alone_are_refused() -> None:
     cache = DynamicCache()
     with torch.no_grad():
-        MODEL(PROMPT[:, :30], past_key_values=cache, use_cache=True)
+        MODEL(PROMPT[:, :30], **on_top_of(MODEL, cache))
     for hidden in (0, 3):  # transformers leaves out a mask that hides nothing
         mask = torch.ones_like(PROMPT)
         mask[:, :hidden] = 0
@@ -280,7 +281,7 @@ def test_tokens_that_are_in_a_cache_alone_are_refused() -> None:
             MODEL.generate(
                 PROMPT[:, 30:],
                 attention_mask=mask,
-                past_key_values=cache,
+                **on_top_of(MODEL, cache),
                 custom_generate=templora.generate,
                 max_new_tokens=3,
             )

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 import templora
-from templora.cache import PrefixLayer
+from templora.cache import PrefixLayer, on_top_of
 from templora.decoder import Decoder
 from templora.events import ChunkScored
 from templora.rotary import CLOSE, Rotary, rotary_of
@@ -28,7 +28,7 @@ def keys(model: Any, start: int) -> list[Tensor]:
     """Of eight tokens that begin at that position, a tensor for each block."""
     ids = torch.arange(40, 48).unsqueeze(0)
     places, cache = torch.arange(start, start + 8).unsqueeze(0), Cache(layer_class_to_replicate=PrefixLayer)
-    model(ids, position_ids=places, past_key_values=cache, use_cache=True)
+    model(ids, position_ids=places, **on_top_of(model, cache))
     return [layer.new[0] for layer in cache.layers if isinstance(layer, PrefixLayer) and layer.new]
 
 

@@ -7,7 +7,7 @@ import torch
 
 import templora
 from templora.base import Base
-from templora.cache import WindowCache
+from templora.cache import WindowCache, on_top_of
 from templora.step import Step, step_of
 from templora.testing import ByteTokenizer, tiny_llama
 
@@ -26,7 +26,7 @@ def logits(run: Any, model: Any) -> torch.Tensor:
     """
     cache, made = WindowCache(128), list[torch.Tensor]()
     with torch.no_grad():
-        model(torch.arange(1, 70).unsqueeze(0), past_key_values=cache, use_cache=True)
+        model(torch.arange(1, 70).unsqueeze(0), **on_top_of(model, cache))
         for position in range(69, 120):
             token = 7 * position % 250
             if position == 90:
@@ -34,8 +34,8 @@ def logits(run: Any, model: Any) -> torch.Tensor:
             if run is not model:
                 made.append(run(token, position, cache))
             else:
-                inputs: dict[str, Any] = {"position_ids": torch.tensor([[position]]), "use_cache": True}
-                made.append(run(torch.tensor([[token]]), past_key_values=cache, **inputs).logits[0, 0])
+                inputs: dict[str, Any] = {"position_ids": torch.tensor([[position]])}
+                made.append(run(torch.tensor([[token]]), **on_top_of(model, cache), **inputs).logits[0, 0])
     return torch.stack(made)
 
 

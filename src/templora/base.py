@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from templora import array_step, identity, kernels, lean_attention, loading, start
-from templora.cache import WindowCache
+from templora.cache import WindowCache, on_top_of
 from templora.cross_entropy import judged, linear_nll, logits_nll
 from templora.errors import InvalidRecipe, InvalidText
 from templora.half import Halves
@@ -222,8 +222,7 @@ class Base:
                 input_ids=ids,
                 position_ids=positions,
                 attention_mask=mask,
-                past_key_values=cache,
-                use_cache=True,
+                **on_top_of(self._probe.backbone, cache),
             )
         return output.last_hidden_state
 
@@ -268,11 +267,7 @@ class Base:
             return identity.of_tensors((*self.model.named_parameters(), *self.model.named_buffers()))
 
     def _inputs(self, ids: Sequence[int], position: int, cache: Cache | None) -> dict[str, Any]:
-        inputs: dict[str, Any] = {
-            "input_ids": torch.tensor([ids], device=self.device),  # [1, tokens]
-            "past_key_values": cache,
-            "use_cache": cache is not None,
-        }
+        inputs: dict[str, Any] = {"input_ids": torch.tensor([ids], device=self.device)}  # [1, tokens]
         if "position_ids" in self._accepts:
             stop = position + len(ids)
             inputs["position_ids"] = torch.arange(position, stop, device=self.device).unsqueeze(0)
@@ -280,12 +275,14 @@ class Base:
 
     def _hidden(self, ids: Sequence[int], position: int, cache: Cache | None) -> Tensor:
         """What the head is given, [tokens, width]."""
-        output = self._probe.backbone(**self._inputs(ids, position, cache))
+        backbone = self._probe.backbone
+        output = backbone(**self._inputs(ids, position, cache), **on_top_of(backbone, cache))
         return output.last_hidden_state[0]
 
     def _logits(self, ids: Sequence[int], position: int, cache: Cache | None, keep: int) -> Tensor:
         """The model's own logits for the last `keep` tokens, [keep, vocab]."""
-        kwargs = {"logits_to_keep": keep} if "logits_to_keep" in self._accepts else {}
+        kwargs: dict[str, Any] = {"logits_to_keep": keep} if "logits_to_keep" in self._accepts else {}
+        kwargs |= on_top_of(self.model, cache)
         return self.model(**self._inputs(ids, position, cache), **kwargs).logits[0, -keep:]
 
 

@@ -8,17 +8,35 @@ transformers' `Cache` protocol, so any model that uses that protocol works uncha
 made the keys.
 """
 
+import functools
+import inspect
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 # Every block's keys, [1, heads, tokens, head_dim] each, as they would be so many positions later.
 Moved = Callable[[Sequence[Tensor], int], list[Tensor]]
+
+
+def on_top_of(model: nn.Module, cache: Cache | None) -> dict[str, Any]:
+    """What to call a model with so that it runs on top of that cache; None: of nothing."""
+    return {_named(type(model)): cache, "use_cache": cache is not None}
+
+
+@functools.cache
+def _named(kind: type[nn.Module]) -> str:
+    """What its `forward` calls a cache: transformers gave that another name in 5.24."""
+    for each in kind.__mro__:
+        if "forward" in vars(each):
+            names = inspect.signature(vars(each)["forward"]).parameters
+            if found := next((name for name in ("past_key_values", "cache") if name in names), None):
+                return found
+    return "past_key_values"
 
 
 class _Layer(CacheLayerMixin):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from templora.cache import WindowCache
+from templora.cache import WindowCache, on_top_of
 from templora.errors import TemploraError, UnsupportedModel
 
 TOKENS = 4
@@ -113,8 +113,8 @@ def _try(model: PreTrainedModel, head: nn.Module, kind: str) -> bool:
         )
         raise UnsupportedModel(f"{kind} is not causal: a token changes what came before it{cure}")
     try:
-        before = model(ids[:, :-1], past_key_values=cache, use_cache=True).logits[0]
-        after = model(ids[:, -1:], past_key_values=cache, use_cache=True).logits[0]
+        before = model(ids[:, :-1], **on_top_of(model, cache)).logits[0]
+        after = model(ids[:, -1:], **on_top_of(model, cache)).logits[0]
     except (AttributeError, TypeError, ValueError, NotImplementedError, IndexError) as error:
         raise UnsupportedModel(
             f"{kind} cannot use a key/value cache ({error}); choose another model"
@@ -140,7 +140,7 @@ def _takes_positions(model: PreTrainedModel, ids: Tensor, whole: Tensor, cache: 
         places = torch.arange(TOKENS, device=ids.device).unsqueeze(0)
         return _close(model(ids, position_ids=places, use_cache=False).logits[0], whole, exact)
     alone: Any = WindowCache(1)
-    model(ids[:, -1:], past_key_values=alone, use_cache=True)
+    model(ids[:, -1:], **on_top_of(model, alone))
     return _close(alone.layers[0].keys[:, :, 0], cache.layers[0].keys[:, :, TOKENS - 1], exact)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from templora.cache import PrefixLayer
+from templora.cache import PrefixLayer, on_top_of
 
 # What configs call it: nearly all of them, MPT, BLOOM.
 POSITIONS = ("max_position_embeddings", "max_seq_len", "seq_length")
@@ -86,7 +86,7 @@ def _keys(model: PreTrainedModel, vocabulary: int, start: int) -> list[Tensor]:
     ids = torch.arange(1, TOKENS + 1, device=model.device).unsqueeze(0) % vocabulary
     places = torch.arange(start, start + TOKENS, device=model.device).unsqueeze(0)
     cache = Cache(layer_class_to_replicate=PrefixLayer)
-    model.base_model(ids, position_ids=places, past_key_values=cache, use_cache=True)
+    model.base_model(ids, position_ids=places, **on_top_of(model.base_model, cache))
     made = [layer.new for layer in cache.layers if isinstance(layer, PrefixLayer)]
     return [new[0] for new in made if new is not None]
 

@@ -124,7 +124,7 @@ class RowPasses:
 
     def _enter(self, cache: Rows, rows: Sequence[Row]) -> None:
         """Make each text's window what it must be before its chunk."""
-        for index in cache.enter([row.span for row in rows]):
+        for index in cache.enter([self.plan.span(row.span.chunk) for row in rows]):  # full-sized
             row, made = rows[index], Cache(layer_class_to_replicate=PrefixLayer)
             sinks = row.ids[: min(row.span.visible, self.plan.sinks)]
             ids = self._ids([[*sinks, *row.ids[row.span.visible : row.span.start - 1]]])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, scaled_dot_product_attention, silu
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from templora.cache import WindowCache, WindowLayer
+from templora.cache import WindowCache, WindowLayer, on_top_of
 from templora.probe import is_watched
 from templora.rotary import MOVING
 
@@ -65,8 +65,8 @@ def step_of(model: PreTrainedModel) -> Step | None:
         return None  # someone has put another one there
     ours, theirs = WindowCache(4), WindowCache(4)
     for cache in (ours, theirs):
-        model(ids[:, :2], past_key_values=cache, use_cache=True)
-    logits = model(ids[:, 2:], past_key_values=theirs, use_cache=True).logits[0, 0]
+        model(ids[:, :2], **on_top_of(model, cache))
+    logits = model(ids[:, 2:], **on_top_of(model, theirs)).logits[0, 0]
     return step if torch.equal(step(int(ids[0, 2]), 2, ours), logits) else None
 
 

@@ -72,10 +72,9 @@ def put(path: Path, text: str) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    path = path.resolve()  # a link stays one
     temporary = _part(path, text)
     try:
-        temporary.replace(path)
+        temporary.replace(path.resolve())
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise _cannot_write(path, error) from error
@@ -83,7 +82,8 @@ def put(path: Path, text: str) -> None:
 
 def _part(path: Path, text: str) -> Path:
     """That text in a file of this process's own, which is to take that name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    place = path.resolve()  # a link stays one
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.part")
     try:
         temporary.write_text(text, "utf-8")
     except OSError as error:
