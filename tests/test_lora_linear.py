@@ -1,12 +1,16 @@
 """The fused layer against PEFT's, and its gradients against finite differences."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from templora.lora_linear import LoraLinear
+from templora.lora_linear import LoraBeside, LoraLinear
 
 
 def layers(bias: bool, dtype: torch.dtype) -> tuple[LoraLinear, Linear]:
@@ -89,6 +93,57 @@ def test_beside_a_layer_of_16_bits_what_comes_in_is_kept_once() -> None:
     assert [t.shape for t in kept if t.data_ptr() not in known] == [(4, 3)]  # the side path's narrow part
 
 
+def four_bits(dtype: torch.dtype) -> nn.Module:
+    """A layer of 4 bits that computes in that type."""
+    bitsandbytes: Any = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    layer = bitsandbytes.nn.Linear4bit(64, 128, bias=True, compute_dtype=dtype, quant_type="nf4")
+    return layer.to("cpu").to(dtype).requires_grad_(False)
+
+
+def transposed(dtype: torch.dtype) -> nn.Module:
+    """GPT-2's kind of layer."""
+    torch.manual_seed(0)
+    return Conv1D(128, 64).to(dtype).requires_grad_(False)
+
+
+@pytest.mark.parametrize("make", [four_bits, transposed])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 64), (2, 20, 64)])
+def test_beside_a_layer_of_another_kind_it_is_pefts_with_less_kept(
+    make: Callable[[torch.dtype], nn.Module], dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    holder: Any = nn.ModuleDict({"layer": make(dtype)})
+    holder.is_loaded_in_4bit = make is four_bits
+    turned = make is transposed
+    get_peft_model(holder, LoraConfig(r=8, lora_alpha=4, target_modules=["layer"], fan_in_fan_out=turned))
+    theirs = holder["layer"]
+    a, b = (part["default"].weight for part in (theirs.lora_A, theirs.lora_B))
+    a.data, b.data = a.data.float(), torch.randn_like(b, dtype=torch.float)
+    ours = LoraBeside(theirs.base_layer, a, b, theirs.scaling["default"])
+    x = torch.randn(shape).to(dtype)
+    found, kept = list[list[Tensor]](), list[int]()
+    for layer in (ours, theirs):
+        leaf, sizes = x.clone().requires_grad_(), dict[int, int]()
+
+        def keep(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = layer(leaf)
+        assert y.dtype == dtype
+        kept.append(sum(sizes.values()))
+        found.append([y.detach(), *torch.autograd.grad(y.float().sin().sum(), (leaf, a, b))])
+    rounding = 8 * torch.finfo(dtype).eps
+    for mine, other in zip(*found, strict=True):
+        assert mine.dtype == other.dtype
+        torch.testing.assert_close(mine, other, rtol=rounding, atol=rounding * float(other.abs().max()))
+    assert kept[0] <= kept[1]
+    if dtype != torch.float32 and shape[1] > 1:
+        assert kept[1] - kept[0] >= x.nbytes  # PEFT's copy of what comes in
+
+
 def test_gradients_hold_against_finite_differences() -> None:
     ours, _ = layers(True, torch.float64)
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
@@ -97,3 +152,17 @@ def test_gradients_hold_against_finite_differences() -> None:
         return torch.func.functional_call(ours, {"a": a, "b": b}, (x,))
 
     assert torch.autograd.gradcheck(computed, (x, ours.a, ours.b))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_model_may_add_to_what_comes_out_in_place(dtype: torch.dtype, beside: bool) -> None:
+    ours, theirs = layers(False, torch.float32)
+    theirs.base_layer.weight.data = theirs.base_layer.weight.data.to(dtype)
+    if beside:
+        ours = LoraBeside(theirs.base_layer, ours.a, ours.b, ours.scale)
+    x = torch.randn(1, 4, 6).to(dtype)
+    y = ours(x)
+    y += 1
+    y.float().sum().backward()
+    torch.testing.assert_close(y, ours(x) + 1)

@@ -19,7 +19,7 @@ from templora import injection
 from templora.errors import InvalidRecipe, ModelNotFound, OutputError, SessionClosed
 from templora.gated_mlp import GatedMlp, gated_mlps
 from templora.injection import Site, standing_in
-from templora.lora_linear import LoraLinear
+from templora.lora_linear import LoraBeside, LoraLinear
 from templora.merging import Fleeting, MergedCopy, can_merge
 from templora.probe import Watch, is_watched
 from templora.recipe import Recipe
@@ -252,8 +252,8 @@ def _squares(roots: Iterable[Tensor]) -> Tensor:
 
 
 def _layer(site: Site) -> nn.Module:
-    """What computes with the adapter where there is no dropout: ours where it is exact, else PEFT's."""
+    """What computes with the adapter where there is no dropout, in place of PEFT's layer."""
     layer = site.original
     if type(layer) is nn.Linear and layer.weight.dtype in (torch.float32, torch.bfloat16, torch.float16):
         return LoraLinear(layer, site.a, site.b, site.scale)
-    return site.lora
+    return LoraBeside(layer, site.a, site.b, site.scale)

@@ -53,6 +53,21 @@ class LoraLinear(nn.Module):
             return way.apply(x, up, weight, self.bias, self.a, self.b, self.scale)  # pyright: ignore[reportReturnType]
 
 
+class LoraBeside(nn.Module):
+    """The same for a frozen layer that computes in a way of its own, such as one of 4 bits.
+
+    a, b: as above, fp32. What the layer gives is not kept, nor what comes in but as it came.
+    """
+
+    def __init__(self, layer: nn.Module, a: nn.Parameter, b: nn.Parameter, scale: float) -> None:
+        super().__init__()
+        self.layer, self.a, self.b, self.scale = layer, a, b, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, in] to […, out]."""
+        return _Beside.apply(self.layer(x), x, self.a, self.b, self.scale)  # pyright: ignore[reportReturnType]
+
+
 class _LoraLinear(torch.autograd.Function):
     """x is what comes in, or with `up` the gate before its silu; layer: weight, bias, a, b and scale."""
 
@@ -139,6 +154,29 @@ class _MixedLoraLinear(torch.autograd.Function):
         return x_slope, up_slope, None, None, a_slope, b_slope, None
 
 
+class _Beside(torch.autograd.Function):
+    """y + scale · (x Aᵀ) Bᵀ, rounded once."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        inner = x.reshape(-1, x.shape[-1]).to(a.dtype) @ a.T  # [rows, rank]
+        ctx.save_for_backward(x, inner, a, b)
+        ctx.scale = scale
+        rows = y.reshape(-1, y.shape[-1]).to(b.dtype)
+        return _shaped(rows.addmm(inner, b.T, alpha=scale).to(y.dtype), x)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, inner, a, b = ctx.saved_tensors
+        (slope,) = upstream
+        exact = slope.reshape(-1, slope.shape[-1]).to(b.dtype)
+        inner_slope = (exact @ b).mul_(ctx.scale)
+        a_slope = inner_slope.T @ x.reshape(-1, x.shape[-1]).to(a.dtype)
+        b_slope = torch.addmm(b, exact.T, inner, beta=0, alpha=ctx.scale)
+        x_slope = (inner_slope @ a).to(x.dtype).view(x.shape) if ctx.needs_input_grad[1] else None
+        return slope, x_slope, a_slope, b_slope, None
+
+
 def _mixed(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -149,7 +187,7 @@ def _mixed(
     inner = x.reshape(-1, x.shape[-1]).to(a.dtype) @ a.T
     y = as_base(x, weight, bias)
     rows = y.reshape(-1, y.shape[-1]).to(b.dtype)
-    return rows.addmm_(inner, b.T, alpha=scale).to(y.dtype).view(y.shape), inner
+    return _shaped(rows.addmm_(inner, b.T, alpha=scale).to(y.dtype), x), inner
 
 
 def _shaped(y: Tensor, x: Tensor) -> Tensor:
