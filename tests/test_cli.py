@@ -533,3 +533,9 @@ def test_a_folder_that_cannot_be_made_is_one_line(line: str, tmp_path: Path) -> 
         (tmp_path / name).write_text("It was dark.\n", "utf-8")
     done = CliRunner().invoke(app, line.format(tmp=tmp_path).split())
     assert f"cannot make {tmp_path / 'file'}: File exists; choose another --" in refusal(done)
+
+
+def test_a_terminal_without_a_width_gets_help_all_the_same() -> None:
+    command = [sys.executable, "-m", "templora", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "0"})
+    assert "translate" in done.stdout

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import templora
 from templora.base import Base
 from templora.decoder import Decoder
-from templora.errors import InvalidRecipe, ModelNotFound, SessionClosed
+from templora.errors import InvalidRecipe, ModelNotFound, SessionClosed, TemploraError
 from templora.events import ChunkScored
 from templora.session import Session
 from templora.testing import ByteTokenizer, tiny_llama
@@ -300,6 +300,15 @@ def test_an_adapter_of_another_recipe_is_refused_whole(
     with pytest.raises(error):
         adapter.load(tmp_path / folder, version=1)
     assert torch.equal(adapter.flat, before) and adapter.version == 0
+
+
+def test_an_adapter_that_would_be_lost_is_not_taken(tmp_path: Path) -> None:
+    """A session on disk computes its adapter again."""
+    BASE.session(seed=4).adapter.save(tmp_path / "adapter")
+    with BASE.session(seed=4, dir=tmp_path / "session") as session:
+        with pytest.raises(TemploraError, match="keeps its own adapter"):
+            session.adapter.load(tmp_path / "adapter", version=1)
+        assert session.adapter.version == 0
 
 
 def test_an_adapter_that_is_gone_is_not_saved_as_an_empty_one(tmp_path: Path) -> None:

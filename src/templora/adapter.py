@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from templora import injection
-from templora.errors import InvalidRecipe, ModelNotFound, OutputError, SessionClosed
+from templora.errors import InvalidRecipe, ModelNotFound, OutputError, SessionClosed, TemploraError
 from templora.gated_mlp import GatedMlp, gated_mlps
 from templora.injection import Site, standing_in
 from templora.lora_linear import LoraBeside, LoraLinear
@@ -36,8 +36,11 @@ class Adapter:
     `flat`, which are what an optimiser steps; `gradient` is laid out as `flat`. sites: where it works. turn:
     held while it stands in. start: of the base, for recipes that want it. squares: what it says of the mean
     squares of the gradients of `a` and of `b`, laid out as they are; None if nothing. layers_b: each layer's
-    B, [out, rank], and its gradient, views as well. can_merge: see `merging`.
+    B, [out, rank], and its gradient, views as well. can_merge: see `merging`. folder: of the session that
+    computes it again when it is resumed, and so would lose what is loaded into it; None: in memory.
     """
+
+    folder: Path | None = None
 
     def __init__(
         self, model: PreTrainedModel, recipe: Recipe, seed: int, start: Mapping[str, Tensor] | None = None
@@ -166,8 +169,15 @@ class Adapter:
 
         Raises:
             ModelNotFound: they cannot be read. InvalidRecipe: they are of other layers or of another rank.
-            SessionClosed: this adapter was discarded.
+            SessionClosed: this adapter was discarded. TemploraError: it is that of a session on disk.
         """
+        if self.folder is not None:
+            raise TemploraError(f"{self.folder} keeps its own adapter; load into a session without dir=…")
+        self.read(folder, version)
+
+    @torch.no_grad()
+    def read(self, folder: str | Path, version: int) -> None:
+        """`load`, also for a session on disk, whose history says that it was so."""
         self._check_kept()
         try:
             # PEFT adds the base's embeddings to what it saves where the head learns.

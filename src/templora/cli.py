@@ -38,6 +38,8 @@ def options(
 def main() -> None:
     """The `templora` command."""
     _open_streams()
+    if os.environ.get("COLUMNS") == "0":  # a terminal that does not know its width: Rich would print nothing
+        del os.environ["COLUMNS"]
     # The bars of libraries that read files; they look at it when they are imported.
     os.environ.setdefault("TQDM_DISABLE", "1")
     # Of a kernel for 4 bits that it does without, where it is imported, whoever wants 4 bits or not.

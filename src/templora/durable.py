@@ -168,6 +168,10 @@ class DurableSession(Session):
 
     # What a session in memory does, with the journal before it.
 
+    def _start_afresh(self) -> None:
+        super()._start_afresh()
+        self.adapter.folder = self.dir
+
     def _give(self, ids: Sequence[int], text: str) -> None:
         self._check_open()
         self.store.give(ids, text, sizes(self.base, ids, text))

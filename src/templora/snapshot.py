@@ -32,7 +32,7 @@ def write(folder: Path, study: Study, chunk: int) -> None:
 def read(folder: Path, study: Study, version: int) -> None:
     """Continue from what `write` stored. version: the adapter's. The files must have been checked."""
     state: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    study.adapter.load(folder, version)
+    study.adapter.read(folder, version)
     state["weights"] = study.adapter.snapshot()
     good, number = state["good"]
     state["good"] = (state["weights"] if good is None else good.to(study.adapter.flat.device), number)
