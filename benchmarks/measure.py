@@ -67,12 +67,15 @@ def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, 
 def in_child(function: Callable[..., Any], *args: Any) -> Any:
     """Its result, from a process of its own, so that its peak memory is its own."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_one_thread_each) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_ready) as pool:
         return pool.submit(function, *args).result()
 
 
-def _one_thread_each() -> None:
+def _ready() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    # A random model that has learned a long random text is so sure of some things that their gradients come
+    # near zero, where a CPU is slow. A trained one never gets there.
+    torch.set_flush_denormal(True)
 
 
 def wait(device: str) -> None:

@@ -54,7 +54,8 @@ def repeated(context: typer.Context, names: Collection[str]) -> str:
         if isinstance(value, bool):
             words.append((option.opts if value else option.secondary_opts)[0])
             continue
-        for one in value if isinstance(value, list) else [value]:  # pyright: ignore[reportUnknownVariableType]
+        # Older Typers have a tuple here.
+        for one in value if isinstance(value, list | tuple) else [value]:  # pyright: ignore[reportUnknownVariableType]
             words += [option.opts[0], shlex.quote(str(one))]  # pyright: ignore[reportUnknownArgumentType]
     return "".join(f" {word}" for word in words)
 
