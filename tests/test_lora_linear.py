@@ -166,3 +166,10 @@ def test_a_model_may_add_to_what_comes_out_in_place(dtype: torch.dtype, beside: 
     y += 1
     y.float().sum().backward()
     torch.testing.assert_close(y, ours(x) + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_an_adapter_that_adds_nothing_leaves_the_bits_of_a_layer_of_any_kind(dtype: torch.dtype) -> None:
+    layer, x = transposed(dtype), torch.randn(2, 3, 64).to(dtype)
+    a, b = nn.Parameter(torch.randn(8, 64)), nn.Parameter(torch.zeros(128, 8))
+    assert torch.equal(LoraBeside(layer, a, b, 0.5)(x), layer(x))

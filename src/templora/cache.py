@@ -8,10 +8,10 @@ transformers' `Cache` protocol, so any model that uses that protocol works uncha
 made the keys.
 """
 
-import functools
 import inspect
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
+from functools import cache as once
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ def on_top_of(model: nn.Module, cache: Cache | None) -> dict[str, Any]:
     return {_named(type(model)): cache, "use_cache": cache is not None}
 
 
-@functools.cache
+@once
 def _named(kind: type[nn.Module]) -> str:
     """What its `forward` calls a cache: transformers gave that another name in 5.24."""
     for each in kind.__mro__:

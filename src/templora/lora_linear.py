@@ -162,8 +162,9 @@ class _Beside(torch.autograd.Function):
         inner = x.reshape(-1, x.shape[-1]).to(a.dtype) @ a.T  # [rows, rank]
         ctx.save_for_backward(x, inner, a, b)
         ctx.scale = scale
-        rows = y.reshape(-1, y.shape[-1]).to(b.dtype)
-        return _shaped(rows.addmm(inner, b.T, alpha=scale).to(y.dtype), x)
+        wide = torch.promote_types(y.dtype, b.dtype)
+        rows = y.reshape(-1, y.shape[-1]).to(wide)
+        return _shaped(rows.addmm(inner.to(wide), b.T.to(wide), alpha=scale).to(y.dtype), x)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
