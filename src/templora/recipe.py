@@ -135,7 +135,13 @@ def load(recipe: "str | Path | Recipe", overrides: Mapping[str, Any] | None = No
     # A size of None is a wish that was not made; elsewhere None is a value.
     given = {k: v for k, v in (overrides or {}).items() if v is not None or k not in SIZES}
     fixed |= SIZES & given.keys()
-    return _validated(values | given | {"fixed": fixed})
+    made = _validated(values | given | {"fixed": fixed})
+    if given.get("context") is not None and made.context_from == "cache" and made.context > made.window:
+        raise InvalidRecipe(
+            f"context {made.context} is more than the window of {made.window}, and only its keys are kept; "
+            "raise the window, or set context_from=recompute"
+        )
+    return made
 
 
 def fitted(recipe: Recipe, positions: int | None) -> tuple[Plan, Recipe]:
