@@ -277,7 +277,7 @@ def test_what_the_parser_stumbles_over_is_one_line(text: str, tmp_path: Path) ->
 def test_a_context_that_no_key_is_kept_for_is_refused() -> None:
     wish = {"window": 256, "context": 512}
     with pytest.raises(InvalidRecipe, match="context 512 is more than the window of 256"):
-        load("default", wish)
-    assert load("default", wish | {"context_from": "recompute"}).context == 512
-    stored = load("default", {"window": 256}).model_copy(update={"context": 512})
-    assert load(stored).context == 512, "sessions of old go on"
+        recipe.load("default", wish)
+    assert recipe.load("default", wish | {"context_from": "recompute"}).context == 512
+    stored = recipe.load("default", {"window": 256}).model_copy(update={"context": 512})
+    assert recipe.load(stored).context == 512, "sessions of old go on"
