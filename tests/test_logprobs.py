@@ -217,3 +217,20 @@ def test_a_state_of_another_recipe_is_refused_before_anything_changes() -> None:
         other.load_state(first.state())
     assert torch.equal(other.adapter.flat, before[0]) and (other.ids, other.text) == before[1:]
     other.read(PROSE)
+
+
+@pytest.mark.parametrize("before", range(64, 200, 8))
+def test_nor_does_the_base_where_it_is_not_asked_of_each_chunk(before: int) -> None:
+    text = PROSE * 2
+
+    def base_nll(ask: bool) -> list[float | None]:
+        session = BASE.session(seed=3, **FAST)
+        session.read(text[:before], score_base=True)
+        for wish in (False, True) if ask else ():
+            session.logprobs("x", base=wish)
+            list(session.score_rest(score_base=wish))
+        session.read(text[before : before + 16])
+        events = session.reading(text[before + 16 : before + 48], score_base=True)
+        return [event.base_nll for event in events if isinstance(event, ChunkScored)]
+
+    assert base_nll(ask=True) == base_nll(ask=False)

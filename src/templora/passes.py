@@ -97,20 +97,22 @@ class Passes:
         return found
 
     @contextmanager
-    def looking(self, ids: Sequence[int], span: Span, stop: int) -> Generator[None]:
+    def looking(self, ids: Sequence[int], span: Span, stop: int, *, bare: bool) -> Generator[None]:
         """What runs inside leaves no trace: whatever the text does next, it does it as if nothing had run.
 
-        span: the chunk that `ids` end in, full-sized. stop: up to which token others may be looked at.
+        span: the chunk that `ids` end in, full-sized. stop: up to which token others may be looked at. bare:
+            whether the bare base is asked.
         """
-        if stop <= span.stop:
-            with self.decoder.looking(ids, span), self._bare.looking(ids, span):
-                yield
-            return
-        before = self.state()  # other chunks' windows will take this one's place
+        inside = stop <= span.stop
+        # Other chunks' windows will take this one's place; and the base may next be asked of a later chunk.
+        decoders = ([] if inside else [self.decoder]) + ([self._bare] if bare else [])
+        before = [decoder.state() for decoder in decoders]
         try:
-            yield
+            with self.decoder.looking(ids, span) if inside else nullcontext():
+                yield
         finally:
-            self.load_state(before)
+            for decoder, state in zip(decoders, before, strict=True):
+                decoder.load_state(state)
 
     def _nll(self, decoder: Decoder, ids: Sequence[int], span: Span, context: int) -> Tensor:
         run, position, prefix = self._inputs(decoder, ids, span, context)

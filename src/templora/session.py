@@ -117,7 +117,7 @@ class Session:
         if span.tokens < 1:
             return
         full = self.plan.span(self.chunk)
-        with fits_in_memory(self.plan), self.passes.looking(self.ids, full, span.stop):
+        with fits_in_memory(self.plan), self.passes.looking(self.ids, full, span.stop, bare=score_base):
             scored = self.study.score(self.ids, span, score_base=score_base)
         yield scored
 
