@@ -4,7 +4,7 @@ What is visible is the plan's business, what is cached the decoder's; this joins
 """
 
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -108,7 +108,9 @@ class Passes:
         decoders = ([] if inside else [self.decoder]) + ([self._bare] if bare else [])
         before = [decoder.state() for decoder in decoders]
         try:
-            with self.decoder.looking(ids, span) if inside else nullcontext():
+            with ExitStack() as stack:
+                for decoder in (self.decoder, self._bare)[: 1 + bare] if inside else ():
+                    stack.enter_context(decoder.looking(ids, span))
                 yield
         finally:
             for decoder, state in zip(decoders, before, strict=True):
