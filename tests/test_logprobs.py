@@ -16,17 +16,11 @@ from templora.session import Session
 from templora.shelf import JOURNAL
 from templora.tasks.score import scoring
 from templora.testing import ByteTokenizer, ScriptedModel, tiny_llama
+from tests.sessions import BASE
+from tests.sessions import PROSE as SENTENCE
+from tests.sessions import SIZES as FAST
 
-PROSE = "The lighthouse keeper climbed the stairs each evening, counting them aloud. " * 3
-# Short enough that positions run out, fast enough that each chunk changes what comes next.
-FAST: dict[str, Any] = {
-    "window": 40,
-    "chunk": 16,
-    "context": 40,
-    "learning_rate": 5e-3,
-    "guard": False,
-    "warmup_chunks": 0,
-}
+PROSE = f"{SENTENCE} " * 3
 KINDS = pytest.mark.parametrize(
     "kind",
     [
@@ -41,13 +35,6 @@ KINDS = pytest.mark.parametrize(
     ids=str,
 )
 LENGTHS = pytest.mark.parametrize("length", [1, 5, 50])  # inside the chunk, and into the third after it
-
-
-def fresh(**config: Any) -> Base:
-    return templora.load(model=tiny_llama(initializer_range=0.2, **config), tokenizer=ByteTokenizer())
-
-
-BASE = fresh()
 
 
 def written(session: Session, tokens: int) -> list[int]:

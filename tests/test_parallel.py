@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-import templora
 from templora.adapter import Adapter
 from templora.base import Base
 from templora.cli import app
@@ -27,27 +26,11 @@ from templora.passes import Passes
 from templora.recipe import load as load_recipe
 from templora.sampling import Sampler, Sampling
 from templora.study import Study
-from templora.testing import ByteTokenizer, tiny_llama
 from templora.window import fit
+from tests.sessions import BASE, PROSE
+from tests.sessions import SIZES as FAST
+from tests.sessions import base as new_base
 
-PROSE = "The lighthouse keeper climbed the stairs each evening, counting them aloud."
-# Fast enough that a version more or less shows in the text.
-FAST: dict[str, Any] = {
-    "window": 40,
-    "chunk": 16,
-    "context": 40,
-    "learning_rate": 5e-3,
-    "guard": False,
-    "warmup_chunks": 0,
-}
-
-
-def fresh() -> Base:
-    """The same tiny base each time, in tensors of its own."""
-    return templora.load(model=tiny_llama(initializer_range=0.2), tokenizer=ByteTokenizer())
-
-
-BASE = fresh()
 KINDS = pytest.mark.parametrize(
     "kind",
     [
@@ -88,7 +71,7 @@ class InSequence:
 
     def __init__(self, **changes: Any) -> None:
         recipe = load_recipe("default", FAST | changes)
-        reader, self.writer = fresh(), fresh()
+        reader, self.writer = new_base(), new_base()
         self.plan = fit(recipe.window, recipe.chunk, recipe.context, 128, sinks=recipe.sinks)
         self.adapter = Adapter(reader.model, recipe, 7)
         passes = Passes(reader, self.adapter, self.plan, recipe)
@@ -238,7 +221,7 @@ def test_a_whole_chunk_is_written_while_one_is_being_learned() -> None:
 
 
 def test_the_base_is_bare_at_every_event_and_bit_identical() -> None:
-    base = fresh()
+    base = new_base()
     modules, tensors = list(base.model.modules()), base.fingerprint()
     ids = torch.arange(1, 30).unsqueeze(0)
     with torch.no_grad():
@@ -255,7 +238,7 @@ def test_the_base_is_bare_at_every_event_and_bit_identical() -> None:
 
 
 def test_the_twin_shares_every_tensor_and_no_module() -> None:
-    base = fresh()
+    base = new_base()
     twin = twin_of(base)
     for kind in (nn.Module.named_parameters, nn.Module.named_buffers):
         own, other = dict(kind(base.model)), dict(kind(twin.model))
@@ -379,7 +362,7 @@ def test_it_may_be_discarded_while_a_chunk_is_being_learned() -> None:
         made.state()
     made.discard()
     assert made.text == text
-    assert BASE.fingerprint() == fresh().fingerprint()
+    assert BASE.fingerprint() == new_base().fingerprint()
 
 
 @contextmanager
@@ -418,7 +401,7 @@ def test_what_goes_wrong_while_learning_surfaces_and_nothing_is_lost(
             written(made, 60)
         assert not once
     assert made.adapter.version == version
-    assert BASE.fingerprint() == fresh().fingerprint()
+    assert BASE.fingerprint() == new_base().fingerprint()
     events = written(made, 60)
     written(whole, len(made.ids) - before)
     assert made.ids == whole.ids
@@ -466,7 +449,7 @@ def test_a_loop_that_is_left_is_settled_by_hand() -> None:
 
 
 def test_a_hook_works_in_both_threads_whenever_it_is_set() -> None:
-    base = fresh()
+    base = new_base()
     made, calls = session(base), set[str]()
     layer = base.model.model.layers[0].mlp
 
@@ -484,7 +467,7 @@ def test_a_hook_works_in_both_threads_whenever_it_is_set() -> None:
 
 
 def test_sessions_that_begin_in_several_threads_are_each_their_seeds() -> None:
-    bases = [fresh() for _ in range(4)]
+    bases = [new_base() for _ in range(4)]
     alone = [base.session(seed=seed).adapter.flat.clone() for seed, base in enumerate(bases)]
     interval, before = sys.getswitchinterval(), torch.random.get_rng_state()
     sys.setswitchinterval(1e-5)
