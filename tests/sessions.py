@@ -1,4 +1,4 @@
-"""What the tests of sessions share, on disk above all: a tiny base, sizes that make many chunks, what a session is."""
+"""What the tests of sessions share: a tiny base, sizes that make many chunks, what a session on disk is."""
 
 import hashlib
 from pathlib import Path
