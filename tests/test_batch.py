@@ -263,6 +263,17 @@ def test_one_string_is_not_taken_for_its_letters(base: Base) -> None:
         templora.write_batch(base, TEXT[:40], 3, **SIZES)
 
 
+def test_how_to_draw_is_said_as_to_a_session(base: Base) -> None:
+    fields = {"temperature": 0, "repetition_penalty": 1.3}
+    drawn = [written_together(base, 20, 2, **how) for how in (fields, {"sampling": Sampling(**fields)})]
+    assert [*map(exact, drawn[0])] == [*map(exact, drawn[1])]
+    assert [*map(exact, drawn[0])] != [*map(exact, written_together(base, 20, 2))]
+    with pytest.raises(InvalidRecipe, match="sampling and temperature were both given"):
+        templora.write_batch(base, PROMPTS, 5, sampling=GREEDY, temperature=0.5)
+    with pytest.raises(InvalidRecipe, match="unknown recipe key 'temprature'"):
+        templora.write_batch(base, PROMPTS, 5, temprature=0.5)
+
+
 def test_an_empty_prompt_is_named(base: Base) -> None:
     with pytest.raises(InvalidText, match="prompt 2 is empty"):
         next(templora.write_batch(base, ["a", ""], 5, **SIZES))

@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "templora"
 FLOORS = {
     0: "errors events recipe window metrics",
     1: "base loading probe cross_entropy cache injection lora_linear gated_mlp merging lean_attention "
-    "adapter magnitude layer_rates start passes template filtering array_step dry savepoint "
+    "adapter magnitude layer_rates start passes template filtering compiled compiled_step dry savepoint "
     "learner guard study decoder rotary detokenizer sampling memory sizes kernels step pen stacked rows "
     "row_passes turns identity half",
     2: "session batch parallel durable replay snapshot store shelf header history journal versions lock "

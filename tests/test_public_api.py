@@ -8,7 +8,7 @@ import pytest
 import templora
 
 # psutil, yaml and pydantic are light; these are not.
-HEAVY = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
+HEAVY = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy", "numba")
 
 
 def modules_after(statement: str) -> set[str]:

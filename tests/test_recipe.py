@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from templora import recipe
 from templora.errors import InvalidRecipe
@@ -187,6 +188,17 @@ def test_a_value_that_cannot_work_is_refused_by_key_and_value(key: str, value: o
     message = refusal("default", {key: value})
     assert f"recipe key {key}: " in message
     assert repr(value) in message
+
+
+def test_a_recipe_is_not_made_of_some_keys() -> None:
+    with pytest.raises(InvalidRecipe, match=r"takes every key.*base\.session\(rank=16\)"):
+        Recipe(rank=16)  # pyright: ignore[reportCallIssue]
+    whole = recipe.load("default").model_dump()
+    assert Recipe(**whole) == recipe.load("default")
+    with pytest.raises(ValidationError, match="rank"):
+        Recipe(**{**whole, "rank": 0})
+    with pytest.raises(InvalidRecipe, match=r"not a dict; keys are given by name"):
+        recipe.load({"rank": 16})  # pyright: ignore[reportArgumentType]
 
 
 def test_an_unknown_recipe_is_refused_with_the_known_ones() -> None:

@@ -85,12 +85,10 @@ class WindowLayer(_Layer):
         self.stop = stop
         return self.keys[:, :, self.first : stop], self.values[:, :, self.first : stop]
 
-    def grow(self) -> tuple[Tensor, Tensor]:
-        """Make room for one token; return all that is visible, its own place, which is empty, last."""
-        assert self.keys is not None and self.values is not None
+    def grow(self) -> None:
+        """Make room for one token: its own place, the last that is visible, is empty."""
         assert self.stop < self.capacity, "the plan let a window outgrow its cache"
         self.stop += 1
-        return self.keys[:, :, self.first : self.stop], self.values[:, :, self.first : self.stop]
 
     def carry(self, tokens: int, first: int) -> None:
         """Let what is visible begin at that place, with its first so many tokens, moved there from before."""

@@ -21,7 +21,7 @@ from templora.window import Plan
 
 NAME = "session.json"
 FORMAT = 1
-PACKAGES = ("torch", "numpy", "transformers", "peft", "tokenizers", "safetensors")
+PACKAGES = ("torch", "numpy", "numba", "transformers", "peft", "tokenizers", "safetensors")
 Header = dict[str, Any]
 
 

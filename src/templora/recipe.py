@@ -37,6 +37,17 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            if any(each["type"] == "missing" for each in error.errors()):
+                raise InvalidRecipe(
+                    "a Recipe takes every key; for one with some of them changed say base.session(rank=16), "
+                    'or templora.recipe.load("default", {"rank": 16})'
+                ) from error
+            raise
+
     name: str = Field("", description="the named recipe or file this one came from")
     window: Tokens = Field(description="W: tokens that are visible before a chunk")
     chunk: Tokens = Field(description="Δ: tokens that are written, then learned")
@@ -126,6 +137,11 @@ def load(recipe: "str | Path | Recipe", overrides: Mapping[str, Any] | None = No
     Raises:
         InvalidRecipe: no such recipe, an unknown key, or a value that cannot work.
     """
+    if not isinstance(recipe, str | Path | Recipe):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidRecipe(
+            f"a recipe is a name, a YAML file or a Recipe, not a {type(recipe).__name__}; "
+            "keys are given by name, as in base.session(rank=16)"
+        )
     if isinstance(recipe, Recipe):
         values, fixed = recipe.model_dump(), set(recipe.fixed)
     elif str(recipe) in names():

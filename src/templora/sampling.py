@@ -87,6 +87,19 @@ class Sampling:
                 values[field.name] = own if wish is None else wish
         return cls(**values)
 
+    @classmethod
+    def chosen(
+        cls, sampling: "Sampling | None", config: GenerationConfig | None, wishes: dict[str, Any]
+    ) -> "Sampling":
+        """`sampling`, or where there is none what `of` makes of the wishes.
+
+        Raises:
+            InvalidRecipe: as `of`; or there are both.
+        """
+        if sampling is not None and wishes:
+            raise InvalidRecipe(f"sampling and {', '.join(wishes)} were both given; give one")
+        return sampling or cls.of(config, **wishes)
+
     def processors(self, banned: Sequence[int] = (), device: str = "cpu") -> LogitsProcessorList:
         """transformers' processors in transformers' order. banned: token ids that are never drawn."""
         made: list[Any] = []

@@ -155,9 +155,7 @@ class Session:
         self._check_open()
         if not self.ids and not self.base.prefix_ids:
             raise InvalidText("the prompt is empty and this base has no start token; give a prompt")
-        if sampling is not None and sampling_wishes:
-            raise InvalidRecipe(f"sampling and {', '.join(sampling_wishes)} were both given; give one")
-        draw = sampling or Sampling.of(self.base.model.generation_config, **sampling_wishes)
+        draw = Sampling.chosen(sampling, self.base.model.generation_config, sampling_wishes)
         return self._write(Wishes(tokens, draw, processors, stop, stop_at_eos, score_base))
 
     def _write(self, wishes: Wishes) -> Iterator[Event]:

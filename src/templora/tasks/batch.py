@@ -4,6 +4,7 @@ A text gets what it would get alone, in the same order; only the order among tex
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 from templora.base import Base
@@ -86,25 +87,27 @@ def write_batch(
     stop_at_eos: bool = False,
     score_base: bool = True,
     sampling: Sampling | None = None,
-    **overrides: Any,
+    **wishes: Any,
 ) -> Iterator[tuple[int, Event]]:
     """Continue several prompts, each with a fresh adapter, `size` of them at once.
 
     Args:
-        tokens: how many to write of each at most. sampling: else the base's own generation config.
-        stop, stop_at_eos, score_base: as for `Session.write`.
-        recipe, seed, overrides: as for `Base.session`.
+        tokens: how many to write of each at most.
+        stop, stop_at_eos, score_base, sampling: as for `Session.write`.
+        recipe, seed: as for `Base.session`.
+        wishes: fields of `Sampling`, as for `Session.write`, and recipe keys, as for `Base.session`.
 
     Yields:
         The index of a prompt and what has happened to it, as `Session.reading` and `Session.write` tell it.
 
     Raises:
-        InvalidRecipe, UnsupportedModel: this recipe or base must run its texts one at a time.
+        InvalidRecipe, UnsupportedModel: this recipe or base must run its texts one at a time; or as there.
         InvalidText: a prompt is empty, or one string was given in place of several.
     """
-    sampling = sampling or Sampling.of(base.model.generation_config)
-    wishes = Wishes(tokens, sampling, None, stop, stop_at_eos, score_base)
-    return _numbered(Batch(base, recipe, size=size, **overrides), _several(prompts), wishes, seed)
+    drawn = {name: wishes.pop(name) for name in [field.name for field in fields(Sampling)] if name in wishes}
+    draw = Sampling.chosen(sampling, base.model.generation_config, drawn)
+    wished = Wishes(tokens, draw, None, stop, stop_at_eos, score_base)
+    return _numbered(Batch(base, recipe, size=size, **wishes), _several(prompts), wished, seed)
 
 
 def _several(texts: Iterable[str]) -> list[str]:

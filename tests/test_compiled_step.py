@@ -1,14 +1,18 @@
-"""A token through numpy against the model itself: the same logits up to rounding, and the same text."""
+"""A token compiled, against the model itself: the same logits up to rounding, and the same text."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import templora
-from templora import array_step, step
-from templora.array_step import ArrayStep
+from templora import compiled_step, step
 from templora.base import Base
+from templora.compiled_step import CompiledStep
 from templora.session import Session
 from templora.step import Step
 from templora.testing import ByteTokenizer, tiny_llama
@@ -17,11 +21,11 @@ from tests.test_step import SHAPES, logits
 CLOSE = 1e-5  # logits are about 1
 
 
-def made_by(model: Any) -> ArrayStep:
+def made_by(model: Any) -> CompiledStep:
     """The short cut, whatever this machine is."""
     exact = step.step_of(model)
     assert exact is not None
-    return ArrayStep(exact)
+    return CompiledStep(exact)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -87,18 +91,52 @@ def test_a_text_is_written_as_without_it_and_goes_on_bit_for_bit(monkeypatch: py
 def test_it_is_taken_for_fp32_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     half: Any = tiny_llama()
     half = half.to(torch.bfloat16)
+    mixed = tiny_llama()
+    mixed.model.norm.bfloat16()
     for pays in (True, False):
-        monkeypatch.setattr(array_step, "pays", lambda pays=pays: pays)
+        monkeypatch.setattr(compiled_step, "pays", lambda _, pays=pays: pays)
         taken = Base(tiny_llama(), None)._step  # pyright: ignore[reportPrivateUsage]
-        assert type(taken) is (ArrayStep if pays else Step)
-        assert type(array_step.step_of(half)) is Step
+        assert type(taken) is (CompiledStep if pays else Step)
+        assert type(compiled_step.step_of(half)) is Step
+        assert type(compiled_step.step_of(mixed)) is Step
 
 
-def test_numpys_threads_must_be_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(array_step.kernels, "is_wide", lambda: True)
-    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
-    for threads, pays in (("1", True), ("4", True), ("64", False)):
-        monkeypatch.setenv("OMP_NUM_THREADS", threads)
-        assert array_step.pays() is pays
-    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
-    assert array_step.pays()
+def test_threads_must_be_few_or_the_model_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    monkeypatch.setattr(compiled_step, "measured", lambda: True)
+    for threads, small, pays in ((1, 0, True), (4, 0, True), (64, 0, False), (64, 1 << 24, True)):
+        monkeypatch.setattr(compiled_step, "SMALL", small)
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert compiled_step.pays(model) is pays
+    monkeypatch.setattr(compiled_step, "measured", lambda: False)
+    assert not compiled_step.pays(model)
+
+
+@pytest.mark.parametrize("without", ["numba", "templora.compiled"])
+def test_without_numba_it_gives_the_bits_of_the_model(without: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = tiny_llama()
+    monkeypatch.setitem(sys.modules, without, None)  # as where it does not run with the numpy that is there
+    monkeypatch.delattr(templora, "compiled", raising=False)
+    assert torch.equal(logits(made_by(model), model), logits(model, model))
+
+
+def test_what_numba_does_not_compile_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    numba = pytest.importorskip("numba")
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    model: Any = tiny_llama()
+    assert torch.equal(logits(made_by(model), model), logits(model, model))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_it_runs_also_where_no_folder_can_keep_it(kept: bool, tmp_path: Path) -> None:
+    """Such as in a system's package, for a user without a home: compiled in each process."""
+    code = (
+        "import numpy as np; from templora import compiled; x = np.ones(3, np.float32); y = 0 * x;"
+        "compiled.norm(x, x, np.float32(0), y); print(y.sum())"
+    )
+    # The only place where it may be kept: a folder that the user names.
+    env = {**os.environ, "NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator"}
+    env["NUMBA_CACHE_DIR"] = str(tmp_path) if kept else ""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout) == (0, "3.0\n"), done.stderr
+    assert any(tmp_path.rglob("*.nbi")) is kept
