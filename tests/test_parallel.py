@@ -325,8 +325,12 @@ def test_the_command_writes_the_same_and_says_how_to_go_on(tmp_path: Path) -> No
     BASE.tokenizer.save_pretrained(tmp_path / "tiny")
     args = [PROSE, "--model", str(tmp_path / "tiny"), "--window", "40", "--chunk", "16", "--context", "40"]
     args += ["--set", "learning_rate=5e-3", "--set", "guard=false", "--seed", "7", "--tokens", "60"]
-    out = tmp_path / "out.txt"
-    done = CliRunner().invoke(app, ["write", *args, "--parallel", "--out", str(out)])
+    out, threads = tmp_path / "out.txt", torch.get_num_threads()
+    try:
+        done = CliRunner().invoke(app, ["write", *args, "--parallel", "--out", str(out)])
+        assert torch.get_num_threads() == max(1, threads // 2)
+    finally:
+        torch.set_num_threads(threads)
     assert done.exit_code == 0, done.stderr
     made = session()
     written(made, 60)

@@ -64,6 +64,10 @@ def begun(wanted: Wanted, folder: Path | None = None) -> "Session":
     """A new session, on disk if there is a folder."""
     base = load_base(wanted.model, wanted.dtype, wanted.device)
     recipe = load_recipe(wanted.recipe, wanted.pairs, wanted.sizes)
+    if wanted.parallel and base.device.type == "cpu":  # its cores are shared by who writes and who learns
+        import torch
+
+        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     return base.session(recipe, seed=wanted.seed, dir=folder, parallel=wanted.parallel)
 
 
