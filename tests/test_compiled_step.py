@@ -3,14 +3,16 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 import templora
-from templora import compiled_step, step
+from templora import compiled, compiled_step, step
 from templora.base import Base
 from templora.compiled_step import CompiledStep
 from templora.session import Session
@@ -38,6 +40,15 @@ def test_it_gives_the_logits_of_the_model(shape: str) -> None:
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     assert torch.allclose(logits(made_by(model), model), logits(model, model), atol=CLOSE)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_numba_runs_here_and_compiles_once_for_all() -> None:
+    """Else the tests above and below would compare the usual way with itself."""
+    assert compiled_step._compiled() is compiled  # pyright: ignore[reportPrivateUsage]
+    model: Any = tiny_llama(**SHAPES["biases"])
+    assert not torch.equal(logits(made_by(model), model), logits(model, model))
+    for function in (compiled.block, compiled.head):
+        assert len(function.signatures) == 1  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def test_a_gate_that_is_shut_lets_nothing_through() -> None:
@@ -112,18 +123,29 @@ def test_threads_must_be_few_or_the_model_small(monkeypatch: pytest.MonkeyPatch)
     assert not compiled_step.pays(model)
 
 
-@pytest.mark.parametrize("without", ["numba", "templora.compiled"])
-def test_without_numba_it_gives_the_bits_of_the_model(without: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model: Any = tiny_llama()
-    monkeypatch.setitem(sys.modules, without, None)  # as where it does not run with the numpy that is there
-    monkeypatch.delattr(templora, "compiled", raising=False)
-    assert torch.equal(logits(made_by(model), model), logits(model, model))
+@pytest.fixture
+def _anew() -> Iterator[None]:
+    """numba is looked for anew, here and after."""
+    compiled_step._compiled.cache_clear()  # pyright: ignore[reportPrivateUsage]
+    yield
+    compiled_step._compiled.cache_clear()  # pyright: ignore[reportPrivateUsage]
 
 
-def test_what_numba_does_not_compile_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    numba = pytest.importorskip("numba")
-    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+@pytest.mark.usefixtures("_anew")
+@pytest.mark.parametrize("reason", ["not there", "not made for this numpy", "switched off", "no room"])
+def test_where_numba_does_not_run_it_gives_the_bits_of_the_model(
+    reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numba, full = pytest.importorskip("numba"), OSError(28, "No space left on device")
     model: Any = tiny_llama()
+    match reason:
+        case "switched off":
+            monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+        case "no room":
+            monkeypatch.setattr(compiled, "ready", Mock(side_effect=full))
+        case _:
+            monkeypatch.setitem(sys.modules, "numba" if reason == "not there" else "templora.compiled", None)
+            monkeypatch.delattr(templora, "compiled", raising=False)
     assert torch.equal(logits(made_by(model), model), logits(model, model))
 
 

@@ -163,3 +163,11 @@ def head(x: Array, weight: Array, epsilon: Any, layer: Any, y: Array) -> None:
     h = np.empty_like(x)
     norm(x, weight, epsilon, h)
     through(layer[0], layer[1], h, y)
+
+
+def ready() -> None:
+    """Compile `block` and `head`, or load what was kept of them, by a token through two numbers."""
+    x, weight, none, one = np.ones(2, np.float32), np.ones((2, 2), np.float32), np.empty(0, np.float32), 1
+    layer, kept, scale = (weight, none), np.ones((1, 1, 2), np.float32), np.float32(one)
+    block(x, (x, x), (scale, scale), (layer,) * 4, (layer,) * 3, (x, x), (kept, kept), (0, one), scale)
+    head(x, x, scale, layer, x.copy())

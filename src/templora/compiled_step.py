@@ -6,8 +6,8 @@ the model's places now, as `step` does, and leaves to `step` what it cannot run.
 """
 
 import platform
-import sys
 from collections.abc import Iterator
+from functools import cache as once
 from typing import Any
 
 import numpy as np
@@ -96,19 +96,24 @@ def pays(model: nn.Module) -> bool:
 
 
 def measured() -> bool:
-    """Whether the machine is of the kind that it was measured on."""
-    return sys.platform == "linux" and platform.machine() == "x86_64"
+    """Whether the processor is of the kind that it was measured on."""
+    return platform.machine() in ("x86_64", "AMD64")
 
 
+@once
 def _compiled() -> Any:
-    """The compiled functions; None where numba does not run. Imported late: that takes a second."""
+    """The compiled functions; None where numba does not run. Made when needed: that takes a second or two."""
     try:
         import numba
 
         from templora import compiled
-    except ImportError:  # it is not there, or not made for the numpy that is
+
+        if getattr(numba.config, "DISABLE_JIT", 0):
+            return None
+        compiled.ready()
+    except Exception:  # it is not there, not made for the numpy that is, its disk is full, …
         return None
-    return None if getattr(numba.config, "DISABLE_JIT", 0) else compiled
+    return compiled
 
 
 def _layers(model: Any) -> Iterator[nn.Module]:
