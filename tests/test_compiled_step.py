@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import templora
-from templora import compiled, compiled_step, step
+from templora import compiled_step, step
 from templora.base import Base
 from templora.compiled_step import CompiledStep
 from templora.session import Session
@@ -20,6 +22,8 @@ from templora.step import Step
 from templora.testing import ByteTokenizer, tiny_llama
 from tests.test_step import SHAPES, logits
 
+numba = pytest.importorskip("numba")
+compiled = pytest.importorskip("templora.compiled")
 CLOSE = 1e-5  # logits are about 1
 
 
@@ -59,6 +63,54 @@ def test_a_gate_that_is_shut_lets_nothing_through() -> None:
     theirs = logits(model, model)
     assert torch.isfinite(theirs).all()
     assert torch.allclose(logits(made_by(model), model), theirs, rtol=1e-3, atol=1e-3)
+    shut, open_ = np.float32([[-90, 0], [0, -1e20]]), np.float32([[1e38, 0], [0, 1e20]])
+    x, y, none = np.ones(2, np.float32), np.zeros(2, np.float32), np.empty(0, np.float32)
+    compiled.mlp(x, ((shut, none), (open_, none), (np.eye(2, dtype=np.float32), none)), y)
+    assert not y.any()
+
+
+def test_what_is_divided_by_zero_is_what_the_model_says() -> None:
+    model: Any = tiny_llama(rms_norm_eps=0.0)
+    run = made_by(model)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.zero_()
+    assert logits(run, model).isnan().all()
+    assert logits(model, model).isnan().all()
+
+
+def wide_head(model: Any) -> None:
+    """More rows than the vocabulary has tokens: they are there to make it divisible."""
+    model.lm_head = nn.Linear(32, 320)
+
+
+def strided(model: Any) -> None:
+    down = model.model.layers[1].mlp.down_proj
+    down.weight = nn.Parameter(down.weight.T.contiguous().T)
+
+
+def spread_bias(model: Any) -> None:
+    model.lm_head = nn.Linear(32, 257)
+    model.lm_head.bias = nn.Parameter(torch.ones(1))
+
+
+@pytest.mark.parametrize("strange", [wide_head, strided, spread_bias])
+@pytest.mark.parametrize("when", ["at load", "later"])
+def test_layers_of_strange_shapes(strange: Any, when: str) -> None:
+    """Loops that look nowhere where they read must not meet them."""
+    model: Any = tiny_llama()
+    if when == "at load":
+        strange(model)
+    run = made_by(model)
+    strange(model)
+    assert torch.allclose(logits(run, model), logits(model, model), atol=CLOSE)
+
+
+def test_a_layer_that_does_not_fit_is_the_models_error() -> None:
+    model: Any = tiny_llama()
+    run = made_by(model)
+    model.model.layers[1].mlp.down_proj = nn.Linear(8, 32)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        logits(run, model)
 
 
 @pytest.mark.parametrize("place", ["attached", "decoding"])
@@ -132,33 +184,45 @@ def _anew() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_anew")
-@pytest.mark.parametrize("reason", ["not there", "not made for this numpy", "switched off", "no room"])
+@pytest.mark.parametrize("reason", ["not there", "not made for this numpy", "fails", "switched off"])
+@pytest.mark.filterwarnings("ignore:numba does not run here")
 def test_where_numba_does_not_run_it_gives_the_bits_of_the_model(
     reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    numba, full = pytest.importorskip("numba"), OSError(28, "No space left on device")
     model: Any = tiny_llama()
     match reason:
         case "switched off":
             monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
-        case "no room":
-            monkeypatch.setattr(compiled, "ready", Mock(side_effect=full))
+        case "fails":
+            monkeypatch.setattr(compiled, "_run", Mock(side_effect=TypeError("of some version")))
         case _:
             monkeypatch.setitem(sys.modules, "numba" if reason == "not there" else "templora.compiled", None)
             monkeypatch.delattr(templora, "compiled", raising=False)
     assert torch.equal(logits(made_by(model), model), logits(model, model))
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_it_runs_also_where_no_folder_can_keep_it(kept: bool, tmp_path: Path) -> None:
-    """Such as in a system's package, for a user without a home: compiled in each process."""
+def in_a_process(folder: Path | None) -> str:
+    """What `norm` makes of three ones, where functions may be kept in that folder and nowhere else."""
     code = (
-        "import numpy as np; from templora import compiled; x = np.ones(3, np.float32); y = 0 * x;"
-        "compiled.norm(x, x, np.float32(0), y); print(y.sum())"
+        "import numpy as np; from templora import compiled; compiled.ready(); x = np.ones(3, np.float32);"
+        "y = 0 * x; compiled.norm(x, x, np.float32(0), y); print(y.sum())"
     )
-    # The only place where it may be kept: a folder that the user names.
     env = {**os.environ, "NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator"}
-    env["NUMBA_CACHE_DIR"] = str(tmp_path) if kept else ""
+    env["NUMBA_CACHE_DIR"] = str(folder or "")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert (done.returncode, done.stdout) == (0, "3.0\n"), done.stderr
-    assert any(tmp_path.rglob("*.nbi")) is kept
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_it_runs_also_where_no_folder_can_keep_it() -> None:
+    """Such as in a system's package, for a user without a home: compiled in each process."""
+    assert in_a_process(None) == "3.0\n"
+
+
+def test_what_was_kept_and_is_damaged_is_compiled_anew(tmp_path: Path) -> None:
+    assert in_a_process(tmp_path) == "3.0\n"
+    kept = list(tmp_path.rglob("compiled.block*.nb[ic]"))
+    assert kept
+    for file in kept:
+        file.write_bytes(b"")
+    assert in_a_process(tmp_path) == "3.0\n"

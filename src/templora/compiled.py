@@ -11,11 +11,17 @@ from typing import Any
 
 import numpy as np
 from numba import njit
+from numba.core.caching import NullCache
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
-# Sums may be taken in any order, so in vectors; infinities and what is not a number stay what they are.
-OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
+# Sums may be taken in any order, so in vectors; infinities and what is not a number stay what they are, and
+# what is divided by zero becomes that.
+OPTIONS: dict[str, Any] = {
+    "nogil": True,
+    "error_model": "numpy",
+    "fastmath": {"reassoc", "contract", "nsz", "arcp"},
+}
 
 
 def _compiled(function: Callable[..., None]) -> Callable[..., None]:
@@ -126,7 +132,9 @@ def mlp(x: Array, layers: Any, y: Array) -> None:
     through(gate, gate_bias, x, inner)
     through(up, up_bias, x, other)
     for i in range(len(inner)):  # exp overflows where a gate is shut: 1 / (1 + inf) is 0
-        inner[i] = inner[i] / (np.float32(1) + np.float32(math.exp(-inner[i]))) * other[i]
+        inner[i] /= np.float32(1) + np.float32(math.exp(-inner[i]))
+    for i in range(len(inner)):  # by itself: in another order it would be 0 · inf
+        inner[i] *= other[i]
     through(down, down_bias, inner, y)
 
 
@@ -167,6 +175,15 @@ def head(x: Array, weight: Array, epsilon: Any, layer: Any, y: Array) -> None:
 
 def ready() -> None:
     """Compile `block` and `head`, or load what was kept of them, by a token through two numbers."""
+    try:
+        _run()
+    except Exception:  # what was kept is damaged, or the disk is full
+        for function in (norm, through, turn, attend, attention, mlp, block, head):
+            function._cache = NullCache()  # pyright: ignore[reportFunctionMemberAccess]
+        _run()
+
+
+def _run() -> None:
     x, weight, none, one = np.ones(2, np.float32), np.ones((2, 2), np.float32), np.empty(0, np.float32), 1
     layer, kept, scale = (weight, none), np.ones((1, 1, 2), np.float32), np.float32(one)
     block(x, (x, x), (scale, scale), (layer,) * 4, (layer,) * 3, (x, x), (kept, kept), (0, one), scale)

@@ -6,6 +6,7 @@ the model's places now, as `step` does, and leaves to `step` what it cannot run.
 """
 
 import platform
+import warnings
 from collections.abc import Iterator
 from functools import cache as once
 from typing import Any
@@ -32,13 +33,16 @@ class CompiledStep:
 
     def __init__(self, step: Step) -> None:
         self.exact, self._model = step, step.model
+        # What its loops, which do not look where they read, may expect of the layers' weights.
+        self._shapes: list[tuple[int, ...]] = [_weight(layer).shape for layer in _layers(step.model)]
         self._turns: tuple[Array, Array] | None = None  # cosines and sines, [positions, head_dim]
         self._none = np.empty(0, np.float32)
 
     def __call__(self, token: int, position: int, cache: WindowCache) -> Tensor:
         """Run it on top of `cache`, which grows; [vocab]."""
         model = self._model
-        runs = all(map(_is_array, _layers(model))) and all(map(_has_room, cache.layers))
+        arrays = all(map(_is_array, _layers(model), self._shapes))
+        runs = arrays and all(map(_has_room, cache.layers))
         compiled = _compiled() if runs else None
         if compiled is None:
             return self.exact(token, position, cache)
@@ -59,9 +63,9 @@ class CompiledStep:
                 (layer.first, layer.stop),
                 np.float32(block.self_attn.scaling),
             )
-        logits, last = np.empty(model.config.vocab_size, np.float32), model.model.norm
-        epsilon = np.float32(last.variance_epsilon)
-        compiled.head(x, _of(last.weight), epsilon, *self._arrays(model, ("lm_head",)), logits)
+        last, (head,) = model.model.norm, self._arrays(model, ("lm_head",))
+        logits = np.empty(len(head[0]), np.float32)
+        compiled.head(x, _of(last.weight), np.float32(last.variance_epsilon), head, logits)
         return torch.from_numpy(logits)
 
     def _angles(self, position: int) -> tuple[Array, Array]:
@@ -82,11 +86,10 @@ class CompiledStep:
 def step_of(model: PreTrainedModel) -> "CompiledStep | Step | None":
     """The fastest short cut for this model on this machine; None where there is none."""
     exact = exact_step_of(model)
-    if exact is None or not pays(model) or not all(map(_is_array, _layers(model))):
+    if exact is None or not pays(model):
         return exact
-    if any(weight.dtype != torch.float32 for weight in model.parameters()):
-        return exact
-    return CompiledStep(exact)
+    usual = all(weight.dtype == torch.float32 and weight.is_contiguous() for weight in model.parameters())
+    return CompiledStep(exact) if usual and all(_is_array(layer) for layer in _layers(model)) else exact
 
 
 def pays(model: nn.Module) -> bool:
@@ -102,7 +105,7 @@ def measured() -> bool:
 
 @once
 def _compiled() -> Any:
-    """The compiled functions; None where numba does not run. Made when needed: that takes a second or two."""
+    """The compiled functions; None where numba does not run. Made late: the first time takes seconds."""
     try:
         import numba
 
@@ -111,7 +114,9 @@ def _compiled() -> Any:
         if getattr(numba.config, "DISABLE_JIT", 0):
             return None
         compiled.ready()
-    except Exception:  # it is not there, not made for the numpy that is, its disk is full, …
+    except Exception as error:  # not there, not made for the numpy that is, …
+        if not isinstance(error, ModuleNotFoundError):
+            warnings.warn(f"numba does not run here, so writing is slower: {error}", stacklevel=1)
         return None
     return compiled
 
@@ -124,8 +129,21 @@ def _layers(model: Any) -> Iterator[nn.Module]:
     yield model._modules["lm_head"]
 
 
-def _is_array(layer: nn.Module) -> bool:
-    return type(layer) is nn.Linear and layer._parameters["weight"].dtype == torch.float32  # pyright: ignore
+def _is_array(layer: nn.Module, shape: tuple[int, ...] | None = None) -> bool:
+    """Whether the loops can run it. shape: its weight's, where that is known."""
+    if type(layer) is not nn.Linear:
+        return False
+    weight, bias = _weight(layer), layer.__dict__["_parameters"]["bias"]
+    return (
+        weight.dtype == torch.float32
+        and weight.is_contiguous()
+        and shape in (None, weight.shape)
+        and (bias is None or (bias.dtype == torch.float32 and bias.shape == weight.shape[:1]))
+    )
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    return layer.__dict__["_parameters"]["weight"]
 
 
 def _has_room(layer: object) -> bool:

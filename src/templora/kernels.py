@@ -50,12 +50,8 @@ def pays() -> bool:
     """Whether this machine's MKL holds back: decided by what it is, never by a clock, so that runs repeat."""
     info = Path("/proc/cpuinfo")
     intel = "GenuineIntel" in info.read_text("utf-8") if info.exists() else True
-    return is_wide() and not intel and torch.backends.mkldnn.is_available()
-
-
-def is_wide() -> bool:
-    """Whether the machine is of the kind that these ways were measured on."""
-    return sys.platform == "linux" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    measured = sys.platform == "linux" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return measured and not intel and torch.backends.mkldnn.is_available()
 
 
 def fast(

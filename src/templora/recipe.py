@@ -41,7 +41,8 @@ class Recipe(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            if any(each["type"] == "missing" for each in error.errors()):
+            missing = sum(each["type"] == "missing" for each in error.errors())
+            if missing > len(values):  # made of the keys that somebody cares for
                 raise InvalidRecipe(
                     "a Recipe takes every key; for one with some of them changed say base.session(rank=16), "
                     'or templora.recipe.load("default", {"rank": 16})'

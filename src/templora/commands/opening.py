@@ -62,13 +62,19 @@ def repeated(context: typer.Context, names: Collection[str]) -> str:
 
 def begun(wanted: Wanted, folder: Path | None = None) -> "Session":
     """A new session, on disk if there is a folder."""
+    if wanted.parallel:
+        _share_cores(wanted.device)
     base = load_base(wanted.model, wanted.dtype, wanted.device)
     recipe = load_recipe(wanted.recipe, wanted.pairs, wanted.sizes)
-    if wanted.parallel and base.device.type == "cpu":  # its cores are shared by who writes and who learns
-        import torch
-
-        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     return base.session(recipe, seed=wanted.seed, dir=folder, parallel=wanted.parallel)
+
+
+def _share_cores(device: str | None) -> None:
+    """A CPU's, between who writes and who learns: before a base is loaded, which looks how many there are."""
+    import torch
+
+    if str(device).startswith("cpu") or not torch.cuda.is_available():
+        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
 
 
 def has_read(session: "Session", text: str, after: int | None = None) -> bool:
