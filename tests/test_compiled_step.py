@@ -20,7 +20,7 @@ from templora.compiled_step import CompiledStep
 from templora.session import Session
 from templora.step import Step
 from templora.testing import ByteTokenizer, tiny_llama
-from tests.test_step import SHAPES, logits
+from tests.test_step import SHAPES, logits, runs_an_adapter
 
 numba = pytest.importorskip("numba")
 compiled = pytest.importorskip("templora.compiled")
@@ -115,18 +115,7 @@ def test_a_layer_that_does_not_fit_is_the_models_error() -> None:
 
 @pytest.mark.parametrize("place", ["attached", "decoding"])
 def test_it_runs_the_layers_of_an_adapter(place: str) -> None:
-    base = templora.load(model=tiny_llama(), tokenizer=ByteTokenizer())
-    session = base.session(seed=1, window=32, chunk=16, context=32, first_block=0.0)
-    with torch.no_grad():
-        session.adapter.flat.normal_(std=0.05, generator=torch.Generator().manual_seed(5))
-    session.adapter.updated()
-    run = made_by(base.model)
-    bare = logits(run, base.model)
-    with getattr(session.adapter, place)():
-        adapted = logits(run, base.model)
-        assert torch.allclose(adapted, logits(base.model, base.model), atol=CLOSE)
-        assert not torch.allclose(adapted, bare, atol=1e-3)
-    assert torch.equal(logits(run, base.model), bare)
+    runs_an_adapter(made_by, place, within=CLOSE)
 
 
 def written(run: Any, monkeypatch: pytest.MonkeyPatch) -> Session:
