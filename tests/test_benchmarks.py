@@ -143,8 +143,7 @@ def test_long_texts_run(run: Runs, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_part_of_the_gpu_benchmark_runs_on_a_cpu(run: Runs) -> None:
     parts = run("gpu")["parts"]
-    assert [name for name, part in parts.items() if "failed" in part] == []
-    assert [name for name, part in parts.items() if "skipped" in part] == ["write with CUDA graphs"]
+    assert [name for name, part in parts.items() if "failed" in part or "skipped" in part] == []
 
 
 def test_no_part_is_started_when_the_budget_is_used(run: Runs) -> None:

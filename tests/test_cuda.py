@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import templora
+from templora import graph_step
 from templora.base import Base
+from templora.cache import WindowCache, on_top_of
 from templora.sampling import Sampling
 from templora.tasks.batch import score_batch
 from templora.tasks.score import score
@@ -56,6 +58,35 @@ def test_the_embedded_base_learns_there_too() -> None:
 @pytest.mark.parametrize("kind", [{}, {"cache": "recompute"}, {"dropout": 0.1}, {"parallel": True}], ids=str)
 def test_the_same_seed_writes_the_same_text(kind: dict[str, Any]) -> None:
     assert text_of(base_on("cuda"), **kind) == text_of(base_on("cuda"), **kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_is_recorded_and_gives_the_logits_of_the_model(dtype: torch.dtype) -> None:
+    model: Any = tiny_llama(initializer_range=0.2).to("cuda", dtype)
+    step = graph_step.step_of(model)
+    assert step is not None
+    cache, other = WindowCache(128), WindowCache(128)
+    with torch.no_grad():
+        for each in (cache, other):
+            model(torch.arange(1, 20, device="cuda").unsqueeze(0), **on_top_of(model, each))
+        for position in range(19, 100):
+            token = 7 * position % 250
+            if position == 60:
+                cache.forget_before(30)
+                other.forget_before(30)
+            theirs = graph_step.usual(model, token, position, other)
+            within = 1e-4 if dtype == torch.float32 else 0.05
+            assert torch.allclose(
+                step(token, position, cache), theirs, atol=within * float(theirs.abs().max())
+            )
+    assert any(made.replay for made in step._texts[cache].passes.values())  # pyright: ignore[reportPrivateUsage]
+
+
+def test_what_is_recorded_gives_the_bits_that_it_gave_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a text does not depend on whether it was resumed in between."""
+    recorded = text_of(base_on("cuda"), 200)
+    monkeypatch.setattr(graph_step, "USES", 1 << 30)
+    assert text_of(base_on("cuda"), 200) == recorded
 
 
 def test_the_base_stays_as_it_was() -> None:

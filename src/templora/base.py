@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from templora import compiled_step, identity, kernels, lean_attention, loading, start
+from templora import compiled_step, graph_step, identity, kernels, lean_attention, loading, start
 from templora.cache import WindowCache, on_top_of
 from templora.cross_entropy import judged, linear_nll, logits_nll
 from templora.errors import InvalidRecipe, InvalidText
@@ -49,7 +49,8 @@ class Base:
             model.eval().requires_grad_(False)
             self._probe: Probe = probe(model)
             self.halves = Halves(model)
-            self._step, self._watched = compiled_step.step_of(model), Watch(model.modules())
+            self._step = graph_step.step_of(model) or compiled_step.step_of(model)
+            self._watched = Watch(model.modules())
         text = model.config.get_text_config()
         self.positions: int | None = positions_of(text)
         self.vocabulary: int = text.vocab_size

@@ -90,6 +90,13 @@ class WindowLayer(_Layer):
         assert self.stop < self.capacity, "the plan let a window outgrow its cache"
         self.stop += 1
 
+    def clean(self, number: float = 0.0) -> None:
+        """Put that number wherever nothing is visible: what is there may be none."""
+        for state in (self.keys, self.values):
+            if state is not None:
+                state[:, :, : self.first] = number
+                state[:, :, self.stop :] = number
+
     def carry(self, tokens: int, first: int) -> None:
         """Let what is visible begin at that place, with its first so many tokens, moved there from before."""
         if self.keys is not None and self.values is not None and first > self.first:
@@ -106,6 +113,30 @@ class WindowLayer(_Layer):
                 "values": self.values[:, :, self.first : self.stop].clone(),
             }
         return kept
+
+
+class FixedLayer(_Layer):
+    """A piece of a `WindowLayer`'s buffers, for a pass over one token whose shapes never change.
+
+    The token's key and value go to `place`, a number on the device, [1], counted from the piece's beginning.
+    A mask must say what is visible.
+    """
+
+    def __init__(self, layer: WindowLayer, piece: slice, place: Tensor) -> None:
+        super().__init__()
+        assert layer.keys is not None and layer.values is not None
+        self.keys, self.values = layer.keys[:, :, piece], layer.values[:, :, piece]
+        self.length, self.is_initialized, self._place = self.keys.shape[2], True, place
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise AssertionError("its buffers are another layer's")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Put [1, heads, 1, head_dim] to its place; return the whole piece."""
+        assert self.keys is not None and self.values is not None
+        self.keys.index_copy_(2, self._place, key_states)
+        self.values.index_copy_(2, self._place, value_states)
+        return self.keys, self.values
 
 
 class PrefixLayer(_Layer):
@@ -203,13 +234,19 @@ class WindowCache(Cache):
     def load_state(self, state: dict[str, Any], device: torch.device) -> None:
         """Continue, on that device, from what `state` returned."""
         self.origin = state["origin"]
-        self.layers.clear()
-        for stored in state["layers"]:
-            layer = WindowLayer(self.capacity)
+        layers = [self._like(index, device) for index in range(len(state["layers"]))]
+        for layer, stored in zip(layers, state["layers"], strict=True):
+            layer.first = layer.stop = 0
             if stored["stop"]:
                 layer.first = layer.stop = stored["first"]
                 layer.update(stored["keys"].to(device), stored["values"].to(device))
-            self.layers.append(layer)
+        self.layers[:] = layers
+
+    def _like(self, index: int, device: torch.device) -> WindowLayer:
+        """The layer of that number, whose buffers something may hold on to; or a new one."""
+        own = self._windows[index] if index < len(self.layers) else None
+        keys = own.keys if own else None
+        return own if own and keys is not None and keys.device == device else WindowLayer(self.capacity)
 
     def prefix(self, first: int, stop: int) -> Cache:
         """The sinks and the tokens [first, stop) of the text as a frozen, differentiable prefix."""

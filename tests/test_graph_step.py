@@ -1,0 +1,184 @@
+"""A token's pass of fixed shapes, as a CUDA graph wants it, against the model: here without a graph."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+import templora
+from templora import graph_step
+from templora.base import Base
+from templora.cache import WindowCache, WindowLayer, on_top_of
+from templora.graph_step import GraphStep, piece_of, suits
+from templora.session import Session
+from templora.testing import ByteTokenizer, tiny_llama
+from tests.architectures import ARCHITECTURES, Architecture
+from tests.test_step import SHAPES, logits, runs_an_adapter
+
+CLOSE = 1e-5  # logits are about 1
+LONGER = {"n_positions": 128, "max_position_embeddings": 128}
+USUAL = ("bloom",)  # distances, which it counts in its mask
+
+
+def made_by(model: Any) -> GraphStep:
+    """The short cut, wherever the model is."""
+    return GraphStep(model, records=False)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_it_gives_the_logits_of_the_model(architecture: Architecture) -> None:
+    """Of all but one, those with blocks that see a window of their own among them."""
+    longer = {key: value for key, value in LONGER.items() if hasattr(architecture.config(), key)}
+    model = architecture.build(**longer)
+    assert suits(model) == (str(architecture) not in USUAL)
+    if suits(model):
+        theirs = logits(model, model)
+        assert torch.allclose(logits(made_by(model), model), theirs, atol=CLOSE * float(theirs.abs().max()))
+
+
+class Deaf(LlamaForCausalLM):
+    """Takes no mask."""
+
+    def forward(self, *inputs: Any, attention_mask: Any = None, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().forward(*inputs, **kwargs)
+
+
+class Waiting(LlamaForCausalLM):
+    """Asks the device for a number."""
+
+    ask: Any = int
+
+    def forward(self, input_ids: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.ask(input_ids[0, 0])
+        return super().forward(input_ids, **kwargs)
+
+
+def other(kind: Any, **values: Any) -> Any:
+    """A tiny Llama of that class, with these attributes."""
+    model = tiny_llama()
+    model.__class__ = type(kind.__name__, (kind,), values)
+    return model
+
+
+@pytest.mark.parametrize(
+    "ask", [int, bool, torch.nonzero, torch.unique, lambda x: x[x > 0], lambda x: x.view(1)[[True]]]
+)
+def test_a_model_that_waits_for_its_device_cannot_be_recorded(ask: Any) -> None:
+    assert not suits(other(Waiting, ask=staticmethod(ask)))
+    assert suits(other(Waiting, ask=staticmethod(abs)))
+
+
+def test_a_model_that_takes_no_mask_goes_the_usual_way() -> None:
+    assert not suits(other(Deaf))
+
+
+def test_where_nothing_can_be_recorded_it_goes_on_with_the_same_bits() -> None:
+    """As here, where there is no GPU."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    model = tiny_llama()
+    step = GraphStep(model, records=True)
+    with pytest.warns(UserWarning, match="a token cannot be recorded, so writing is slower: .+") as warned:
+        made = logits(step, model)
+    assert len(warned) == 1
+    assert torch.equal(made, logits(made_by(model), model))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_gives_the_logits_of_a_llama(shape: str, dtype: torch.dtype) -> None:
+    model: Any = tiny_llama(**SHAPES[shape]).to(dtype)  # pyright: ignore[reportArgumentType]
+    within = CLOSE if dtype == torch.float32 else 0.02
+    assert torch.allclose(logits(made_by(model), model), logits(model, model), atol=within)
+
+
+@pytest.mark.parametrize("place", ["attached", "decoding"])
+def test_it_runs_the_layers_of_an_adapter(place: str) -> None:
+    runs_an_adapter(made_by, place, within=CLOSE)
+
+
+def test_what_is_no_number_is_seen_only_where_it_is_visible() -> None:
+    model = tiny_llama()
+    run, inputs = made_by(model), torch.arange(1, 20).unsqueeze(0)
+    for first, visible in ((8, False), (0, True)):
+        made: list[torch.Tensor] = []
+        for poisoned in (False, True):
+            cache = WindowCache(64)
+            with torch.no_grad():
+                model(inputs, **on_top_of(model, cache))
+                cache.forget_before(8)
+                if poisoned:
+                    for layer in cache.layers:
+                        assert isinstance(layer, WindowLayer) and layer.keys is not None
+                        layer.clean(float("nan"))
+                        layer.first = first
+                made.append(run(5, 19, cache))
+        assert made[1].isnan().any() == visible
+        assert visible or torch.equal(*made)
+
+
+@pytest.mark.parametrize("capacity", [1, 7, 64, 1092, 4368])
+def test_a_piece_holds_what_is_visible_and_little_more(capacity: int) -> None:
+    layer, pieces = WindowLayer(capacity), set[tuple[int, int]]()
+    for layer.stop in range(1, capacity + 1):
+        layer.first = max(0, layer.stop - capacity // 3 - 1)
+        piece = piece_of(layer)
+        assert 0 <= piece.start <= layer.first < layer.stop <= piece.stop <= capacity
+        assert (piece.stop - piece.start) - layer.length <= 2 * (capacity // graph_step.PIECES + 8)
+        pieces.add((piece.start, piece.stop))
+    assert len(pieces) <= 2 * graph_step.PIECES
+
+
+def test_a_pass_is_made_once_for_a_piece_an_adapter_and_a_text() -> None:
+    model = tiny_llama()
+    run, caches = made_by(model), [WindowCache(128), WindowCache(128)]
+    with torch.no_grad():
+        for cache in caches:
+            model(torch.arange(1, 20).unsqueeze(0), **on_top_of(model, cache))
+            run(5, 19, cache)
+            run(6, 20, cache)
+        texts = run._texts  # pyright: ignore[reportPrivateUsage]
+        assert [[each.uses for each in texts[cache].passes.values()] for cache in caches] == [[2], [2]]
+        head = model.lm_head
+        model.lm_head = nn.Linear(32, 257)
+        run(7, 21, caches[0])
+        model.lm_head = head
+        run(8, 22, caches[0])
+        head.weight = nn.Parameter(head.weight.clone())  # the same layer, with its numbers elsewhere
+        run(9, 23, caches[0])
+    assert [each.uses for each in texts[caches[0]].passes.values()] == [1, 3, 1]
+    del cache
+    caches.clear()
+    assert not texts
+
+
+def written(run: Any, monkeypatch: pytest.MonkeyPatch, **more: Any) -> Session:
+    """A session that has written a text with that short cut."""
+    base: Base = templora.load(model=tiny_llama(initializer_range=0.2), tokenizer=ByteTokenizer())
+    monkeypatch.setattr(base, "_step", run and run(base.model))
+    session = base.session(seed=1, window=24, chunk=8, context=24, learning_rate=1e-3, **more)
+    session.read("A short text to begin with, long enough to fill some chunks of it. " * 2)
+    for _ in session.write(100):
+        pass
+    return session
+
+
+@pytest.mark.parametrize("more", [{}, {"sinks": 0}, {"cache": "base"}, {"cache": "recompute"}], ids=str)
+def test_a_text_is_written_as_without_it_and_goes_on_bit_for_bit(
+    more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = written(made_by, monkeypatch, **more)
+    assert session.ids == written(None, monkeypatch, **more).ids
+    state = session.state()
+    again = written(made_by, monkeypatch, **more)
+    fresh = templora.load(model=tiny_llama(initializer_range=0.2), tokenizer=ByteTokenizer())
+    monkeypatch.setattr(fresh, "_step", made_by(fresh.model))
+    other = fresh.session(seed=1, window=24, chunk=8, context=24, learning_rate=1e-3, **more)
+    for one in (session, again, other):
+        if one is not session:
+            one.load_state(state)
+        assert list(one.write(40))[-1].tokens == 40  # pyright: ignore[reportAttributeAccessIssue]
+        assert one.ids == session.ids
+        assert torch.equal(one.adapter.flat, session.adapter.flat)
