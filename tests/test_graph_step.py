@@ -1,25 +1,32 @@
 """A token's pass of fixed shapes, as a CUDA graph wants it, against the model: here without a graph."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
 import templora
 from templora import graph_step
 from templora.base import Base
-from templora.cache import WindowCache, WindowLayer, on_top_of
+from templora.cache import WindowCache, on_top_of
+from templora.cache_layers import WindowLayer
 from templora.graph_step import GraphStep, piece_of, suits
 from templora.session import Session
 from templora.testing import ByteTokenizer, tiny_llama
-from tests.architectures import ARCHITECTURES, Architecture
+from tests.architectures import ARCHITECTURES, MORE, Architecture
 from tests.test_step import SHAPES, logits, runs_an_adapter
 
 CLOSE = 1e-5  # logits are about 1
 LONGER = {"n_positions": 128, "max_position_embeddings": 128}
-USUAL = ("bloom",)  # distances, which it counts in its mask
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+SUIT = [each for each in (*ARCHITECTURES, *MORE) if each.model_type in graph_step.KNOWN]
+ATEN = torch.ops.aten
+ASKS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2")
+WAITING = {getattr(ATEN, name).default for name in ASKS}
 
 
 def made_by(model: Any) -> GraphStep:
@@ -27,51 +34,73 @@ def made_by(model: Any) -> GraphStep:
     return GraphStep(model, records=False)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+@pytest.mark.parametrize("architecture", SUIT, ids=str)
 def test_it_gives_the_logits_of_the_model(architecture: Architecture) -> None:
-    """Of all but one, those with blocks that see a window of their own among them."""
+    """Those with blocks that see a window of their own among them."""
     longer = {key: value for key, value in LONGER.items() if hasattr(architecture.config(), key)}
     model = architecture.build(**longer)
-    assert suits(model) == (str(architecture) not in USUAL)
-    if suits(model):
-        theirs = logits(model, model)
-        assert torch.allclose(logits(made_by(model), model), theirs, atol=CLOSE * float(theirs.abs().max()))
+    assert suits(model)
+    theirs = logits(model, model)
+    assert torch.allclose(logits(made_by(model), model), theirs, atol=CLOSE * float(theirs.abs().max()))
 
 
-class Deaf(LlamaForCausalLM):
-    """Takes no mask."""
-
-    def forward(self, *inputs: Any, attention_mask: Any = None, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return super().forward(*inputs, **kwargs)
+def test_every_family_that_is_known_is_tried() -> None:
+    assert {architecture.model_type for architecture in SUIT} == graph_step.KNOWN
 
 
-class Waiting(LlamaForCausalLM):
-    """Asks the device for a number."""
-
-    ask: Any = int
-
-    def forward(self, input_ids: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self.ask(input_ids[0, 0])
-        return super().forward(input_ids, **kwargs)
+class Own(LlamaForCausalLM):
+    """Somebody's own model, which may do anything."""
 
 
-def other(kind: Any, **values: Any) -> Any:
-    """A tiny Llama of that class, with these attributes."""
-    model = tiny_llama()
-    model.__class__ = type(kind.__name__, (kind,), values)
-    return model
+def test_what_is_not_known_goes_the_usual_way() -> None:
+    own: Any = tiny_llama()
+    assert suits(own)
+    own.__class__ = Own
+    assert not suits(own)
+    experts, watched, moving = (tiny_llama(**more) for more in ({}, {}, {"rope_parameters": DYNAMIC}))
+    experts.config.model_type = "mixtral"
+    watched.model.norm.register_forward_hook(lambda *_: None)
+    flash = tiny_llama()
+    flash.config._attn_implementation = "flash_attention_2"  # pyright: ignore[reportPrivateUsage]
+    for model in (experts, watched, moving, flash):
+        assert not suits(model)
 
 
-@pytest.mark.parametrize(
-    "ask", [int, bool, torch.nonzero, torch.unique, lambda x: x[x > 0], lambda x: x.view(1)[[True]]]
-)
-def test_a_model_that_waits_for_its_device_cannot_be_recorded(ask: Any) -> None:
-    assert not suits(other(Waiting, ask=staticmethod(ask)))
-    assert suits(other(Waiting, ask=staticmethod(abs)))
+class NoWaiting(TorchDispatchMode):
+    """While it is entered nothing may ask the device for a number, or be copied from one to another."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        indices = args[1] if func is ATEN.index.Tensor or func is ATEN.index_put_.default else ()
+        assert not any(each is not None and each.dtype == torch.bool for each in indices)
+        assert func not in WAITING, func
+        return func(*args, **(kwargs or {}))
 
 
-def test_a_model_that_takes_no_mask_goes_the_usual_way() -> None:
-    assert not suits(other(Deaf))
+@pytest.mark.parametrize("architecture", SUIT, ids=str)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_nothing_waits_for_the_device(architecture: Architecture, adapted: bool) -> None:
+    """As nothing may that is recorded; on a CPU that is seen by what torch runs."""
+    model = architecture.build()
+    step, cache = made_by(model), WindowCache(64)
+    base = Base(model, None)
+    session = base.session(seed=1, window=16, chunk=8, context=16)
+    with torch.no_grad(), session.adapter.attached() if adapted else nullcontext():
+        model(torch.arange(1, 20).unsqueeze(0), **on_top_of(model, cache))
+        step(5, 19, cache)
+        (text,) = step._texts.values()  # pyright: ignore[reportPrivateUsage]
+        (made,) = text.passes.values()
+        with NoWaiting():
+            made.start()
+    assert any("lora" in type(module).__name__.lower() for module in model.modules()) is False
+    assert (
+        any("Lora" in type(one).__name__ for each in text.stands.values() for one in each.modules) == adapted
+    )
+
+
+@pytest.mark.parametrize("ask", [int, torch.nonzero, lambda x: x[x > 0], lambda x: x.item()])
+def test_waiting_is_seen(ask: Any) -> None:
+    with pytest.raises(AssertionError), NoWaiting():
+        ask(torch.ones(2)[:1])
 
 
 def test_where_nothing_can_be_recorded_it_goes_on_with_the_same_bits() -> None:

@@ -9,9 +9,9 @@ SOURCE = Path(__file__).parent.parent / "src" / "templora"
 FLOORS = {
     0: "errors events recipe window metrics",
     1: "base loading probe cross_entropy cache injection lora_linear gated_mlp merging lean_attention "
-    "adapter magnitude layer_rates start passes template filtering compiled compiled_step graph_step dry "
+    "adapter magnitude layer_rates start passes template filtering compiled compiled_step dry "
     "savepoint learner guard study decoder rotary detokenizer sampling memory sizes kernels step pen stacked "
-    "rows row_passes turns identity half",
+    "rows graph_step cuda_graph cache_layers row_passes turns identity half",
     2: "session batch parallel durable replay snapshot store shelf header history journal versions lock "
     "migrations",
     3: "tasks formats hook",

@@ -10,7 +10,7 @@ from torch import nn
 
 import templora
 from templora import journal
-from templora.cache import WindowLayer
+from templora.cache_layers import PrefixLayer, WindowLayer
 from templora.errors import OutputError
 from templora.injection import standing_in
 from templora.study import Study
@@ -73,16 +73,17 @@ def test_a_pass_that_broke_off_between_two_layers_is_made_again(
     cache: str, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """tokens: of that pass, at least: 1 breaks one that writes, 2 one that reads."""
-    left, real = [0], WindowLayer.update
+    left, layers = [0], {kind: kind.update for kind in (WindowLayer, PrefixLayer)}
 
-    def update(self: WindowLayer, keys: Any, *more: Any, **options: Any) -> Any:
+    def update(self: Any, keys: Any, *more: Any, **options: Any) -> Any:
         if keys.shape[2] >= tokens:
             left[0] -= 1
             if left[0] == 0:
                 raise KeyboardInterrupt
-        return real(self, keys, *more, **options)
+        return layers[type(self)](self, keys, *more, **options)
 
-    monkeypatch.setattr(WindowLayer, "update", update)
+    for kind in layers:
+        monkeypatch.setattr(kind, "update", update)
     made: list[Any] = []
     for passes in (0, 3):
         session = base().session(seed=7, window=32, chunk=16, context=32, cache=cache)

@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 import templora
-from templora.cache import PrefixLayer, on_top_of
+from templora.cache import on_top_of
+from templora.cache_layers import PrefixLayer
 from templora.decoder import Decoder
 from templora.events import ChunkScored
 from templora.rotary import CLOSE, Rotary, rotary_of

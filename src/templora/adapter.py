@@ -62,7 +62,8 @@ class Adapter:
             None if known is None else (_squares(a for a, _ in known), _squares(b for _, b in known))
         )
         self._watched = Watch(site.original for site in self.sites)
-        self._layers = [site.lora if recipe.dropout > 0 else _layer(site) for site in self.sites]
+        self._drops = recipe.dropout > 0
+        self._layers = [site.lora if self._drops else _layer(site) for site in self.sites]
         lean = any(isinstance(layer, LoraLinear) for layer in self._layers)
         self._mlps = list(gated_mlps(model, self.sites)) if lean else []
         self._lean = [GatedMlp(site.original) for site in self._mlps]
@@ -79,8 +80,9 @@ class Adapter:
     def attached(self, *, training: bool = False) -> Generator[None]:
         """The model computes with the adapter, differentiably. training: apply LoRA dropout."""
         with self.turn:
-            for site in self.sites:
-                site.train(training)
+            if self._drops:
+                for site in self.sites:
+                    site.train(training)
             with self._standing(self._layers), standing_in(self._mlps, self._lean):
                 yield
 
@@ -103,7 +105,7 @@ class Adapter:
         else:
             self._merged = self._merged or MergedCopy(self.sites)
             layers = self._merged.of(self.version)
-        if self._watched():
+        if self._drops and self._watched():
             for site in self.sites:
                 site.train(False)
         with self._standing(layers):

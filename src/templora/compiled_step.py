@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from templora.cache import WindowCache, WindowLayer
+from templora.cache import WindowCache
+from templora.cache_layers import WindowLayer
 from templora.step import Step
 from templora.step import step_of as exact_step_of
 

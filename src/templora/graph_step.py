@@ -3,38 +3,38 @@
 A token's kernels take a GPU less time than Python takes to start them one by one. A graph starts them all at
 once, but always the same ones on the same memory. So this pass, unlike the usual one, sees a whole piece of
 the cache's buffers, of which a mask hides what is not visible, and what changes from token to token are
-numbers on the device. The piece depends on what is visible alone, and until a graph is recorded the same
-kernels are started one by one: a text that is resumed goes on with the same bits.
+numbers on the device. The piece depends on what is visible alone, and until a graph is recorded, or where it
+cannot be, the same kernels are started one by one: a text that is resumed goes on with the same bits.
 """
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from templora.cache import FixedLayer, WindowCache, WindowLayer, on_top_of
+from templora.cache import WindowCache, on_top_of
+from templora.cache_layers import FixedLayer, WindowLayer
+from templora.cuda_graph import Recording
+from templora.memory import is_out_of_memory
 from templora.probe import is_watched
 from templora.rotary import MOVING
 
+# Families that take masks and positions as they are given, and never wait for the device half-way.
+KNOWN = {
+    *("cohere2", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "ministral"),
+    *("mistral", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "smollm3", "starcoder2"),
+}
+FULL, SLIDING = "full_attention", "sliding_attention"  # blocks that see all, and a window of their own
 PIECES = 16  # of a buffer; what a pass sees begins and ends at the edge of one
 USES = 4  # of a piece before its pass is recorded, which takes as long as some tokens
-MOST = 32  # recorded passes of one text
-FULL, SLIDING = "full_attention", "sliding_attention"  # blocks that see all, and a window of their own
-ATEN = torch.ops.aten
-COPIES = {ATEN._to_copy.default, ATEN.copy_.default}
-WAITING = {
-    getattr(ATEN, name).default
-    for name in ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2")
-}
-LOUD = 100.0  # far more than a key's or a value's numbers
-Replay = Callable[[], object]
+MOST = 64  # passes that are kept, of all texts
 
 
 class GraphStep:
@@ -44,34 +44,59 @@ class GraphStep:
     """
 
     def __init__(self, model: PreTrainedModel, *, records: bool) -> None:
-        self._model, self._records = model, records
-        self._stream: torch.cuda.Stream | None = None
+        self._model, self._device, self._records = model, model.device, records
         children = (module.__dict__["_modules"] for module in model.modules())
         self._places: list[dict[str, nn.Module | None]] = [places for places in children if places]
         self._own = {id(module) for module in model.modules()}
         self._texts: WeakKeyDictionary[WindowCache, _Text] = WeakKeyDictionary()
+        self._recording: Recording | None = None
+        self._calls = 0
 
     def __call__(self, token: int, position: int, cache: WindowCache) -> Tensor:
         """Run it on top of `cache`, which grows; [vocab]. Gradients must be switched off."""
-        layers = cast("list[WindowLayer]", cache.layers)
-        if not all(layer.is_initialized and layer.length for layer in layers):
+        layers, device = cast("list[WindowLayer]", cache.layers), self._model.device
+        begun = all(layer.is_initialized and layer.length for layer in layers)
+        if not begun or device != self._device or layers[0].keys is None or layers[0].keys.device != device:
             return usual(self._model, token, position, cache)
         for layer in layers:
             layer.grow()
         made = self._pass(cache)
         numbers = token, position, layers[0].first, layers[0].stop - 1
-        logits = made(*numbers)
+        logits = self._run(made, numbers)
         if bool(logits.isnan().any()):  # the mask hides numbers alone: nothing else may be where nothing is
             for layer in layers:
                 layer.clean()
-            logits = made(*numbers)
-        if self._records and made.replay is None and made.uses >= USES:
-            self._record(made, logits)
+            logits = made.run(*numbers)
         return logits
 
-    def again(self, cache: WindowCache) -> Tensor:
-        """The last pass of that text once more."""
-        return next(reversed(self._texts[cache].passes.values())).again()
+    def _run(self, made: "_Pass", numbers: tuple[int, int, int, int]) -> Tensor:
+        """That pass, which is recorded when it has been used a few times, and the next time looked at."""
+        logits = made.run(*numbers)
+        if made.replay is not None and not made.trusted:
+            recorded, made.replay = made.replay, None
+            again = made.run(*numbers)  # whatever was recorded has written to the cache
+            if torch.allclose(logits, again, rtol=0, atol=0, equal_nan=True):
+                made.replay, made.trusted = recorded, True
+            else:
+                self._give_up("what was recorded computes something else")
+            return again
+        if self._records and made.replay is None and made.uses >= USES:
+            self._record(made)
+        return logits
+
+    def _record(self, made: "_Pass") -> None:
+        try:
+            self._recording = self._recording or Recording(self._device)
+            made.logits, made.replay = self._recording.of(made.start)
+        except Exception as error:  # such as a model that waits for the device half-way
+            if is_out_of_memory(error):
+                made.uses = 0  # there may be enough another time
+            else:
+                self._give_up(" ".join(str(error).split())[:200])
+
+    def _give_up(self, reason: str) -> None:
+        self._records = False
+        warnings.warn(f"a token cannot be recorded, so writing is slower: {reason}", stacklevel=1)
 
     def _pass(self, cache: WindowCache) -> "_Pass":
         """The one for what stands in the model and what is visible now."""
@@ -79,89 +104,93 @@ class GraphStep:
         text = self._texts.get(cache)
         if text is None or text.keys is not layer.keys:
             text = self._texts[cache] = _Text(layer.keys)
-        piece = piece_of(layer)
-        key = (piece.start, piece.stop, *self._standing())
-        made = text.passes.pop(key, None) or _Pass(self._model, cache, piece)
-        text.passes[key] = made
-        if len(text.passes) > MOST:
-            text.passes.popitem(last=False)
-        return made
+        self._calls += 1
+        text.used = self._calls
+        modules = [module for module in chain.from_iterable(map(dict.values, self._places)) if module]
+        names = tuple(map(id, modules))
+        if (stands := text.stands.get(names)) is None:
+            stands = text.stands[names] = _Standing(modules, self._own)
+        piece, attention = piece_of(layer), getattr(self._model.config, "_attn_implementation", "")
+        memory = stands.memory()
+        key = (piece.start, piece.stop, attention, id(memory))
+        if key not in text.passes:
+            text.passes[key] = _Pass(self._model, cache, piece, memory)
+            self._shrink(text)
+        text.passes.move_to_end(key)
+        return text.passes[key]
 
-    def _standing(self) -> list[int]:
-        """What is run now: each module, and where its weights are."""
-        found: list[int] = []
-        for places in self._places:
-            for module in places.values():
-                if module is None:
-                    continue
-                found.append(id(module))
-                known = id(module) in self._own
-                for each in (module,) if known else module.modules():
-                    own = each.__dict__["_parameters"].values()
-                    found += [weight.data_ptr() for weight in own if weight is not None]
-        return found
+    def _shrink(self, text: "_Text") -> None:
+        """Let go of passes that were not used for long, above all of other texts."""
+        texts = sorted(self._texts.values(), key=lambda each: each.used)
+        over = sum(len(each.passes) for each in texts) - MOST
+        for each in texts:
+            while over > 0 and each.passes and (each is not text or len(each.passes) > 1):
+                each.passes.popitem(last=False)
+                over -= 1
 
-    def _record(self, made: "_Pass", logits: Tensor) -> None:
-        """Record it, and see that it gives what it gave before; if that fails, nothing is recorded again."""
-        try:
-            self._stream = self._stream or torch.cuda.Stream()
-            made.record(self._stream)
-            reason = "" if _close(made.again(), logits) else "what was recorded computes something else"
-        except RuntimeError as error:  # such as a model that waits for the GPU half-way
-            reason = " ".join(str(error).split())[:200]
-        if reason:
-            made.replay, self._records = None, False
-            warnings.warn(f"a token cannot be recorded, so writing is slower: {reason}", stacklevel=1)
+
+class _Standing:
+    """What stands in the model's places. It keeps the modules, so that no other one comes to have an id of
+    theirs, and the memory of what they compute with, so that nothing else comes to lie there."""
+
+    def __init__(self, modules: Sequence[nn.Module], own: set[int]) -> None:
+        self.modules = modules
+        self._memory: dict[tuple[int, ...], list[Tensor]] = {}
+        parts = (each for one in modules for each in ((one,) if id(one) in own else one.modules()))
+        self._held = [
+            held
+            for part in parts
+            for held in (part.__dict__["_parameters"], part.__dict__["_buffers"])
+            if held
+        ]
+
+    def memory(self) -> list[Tensor]:
+        """All that they compute with, as it lies in memory now: the same list while it lies there."""
+        tensors = [one for one in chain.from_iterable(map(dict.values, self._held)) if one is not None]
+        where = tuple(map(Tensor.data_ptr, tensors))
+        if where not in self._memory:
+            self._memory[where] = [one.detach() for one in tensors]
+        return self._memory[where]
 
 
 class _Text:
-    """What was made for one text. keys: the first block's buffer."""
+    """What was made for one text. keys: the first block's buffer. used: when, in calls."""
 
     def __init__(self, keys: Tensor | None) -> None:
-        self.keys = keys
-        self.passes: OrderedDict[tuple[int, ...], _Pass] = OrderedDict()
+        self.keys, self.used = keys, 0
+        self.stands: dict[tuple[int, ...], _Standing] = {}
+        self.passes: OrderedDict[tuple[Any, ...], _Pass] = OrderedDict()
 
 
 class _Pass:
-    """A pass over one token that sees one piece of the buffers. replay: of its graph, once there is one."""
+    """A pass over one token that sees one piece of the buffers.
 
-    def __init__(self, model: PreTrainedModel, cache: WindowCache, piece: slice) -> None:
-        self._model, self._start, self.uses = model, piece.start, 0
-        self.replay: Replay | None = None
-        self._logits = torch.empty(0)  # of the replay
-        device = model.device
-        self._numbers = torch.zeros(4, dtype=torch.long, device=device)
-        self._columns = torch.arange(piece.stop - piece.start, device=device)
+    memory: that it reads. replay: of its graph, once there is one, which leaves its result in `logits`.
+    trusted: it was seen to do what the pass does.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, cache: WindowCache, piece: slice, memory: list[Tensor]
+    ) -> None:
+        self._model, self._first, self.uses, self.memory = model, piece.start, 0, memory
+        self.replay: Any = None
+        self.logits, self.trusted = torch.empty(0), False
+        self._numbers = torch.zeros(4, dtype=torch.long, device=model.device)
+        self._columns = torch.arange(piece.stop - piece.start, device=model.device)
         layers = (FixedLayer(cast(WindowLayer, own), piece, self._numbers[3:]) for own in cache.layers)
         self._cache = Cache(layers=[*layers])
 
-    def __call__(self, token: int, position: int, first: int, place: int) -> Tensor:
+    def run(self, token: int, position: int, first: int, place: int) -> Tensor:
         """Logits after that token, [vocab], which goes to that place and sees all from `first` on."""
         self.uses += 1
-        self._numbers.copy_(torch.tensor([token, position, first - self._start, place - self._start]))
-        return self.again()
-
-    def again(self) -> Tensor:
-        """The same once more."""
+        self._numbers.copy_(torch.tensor([token, position, first - self._first, place - self._first]))
         if self.replay is None:
-            return self._run()
+            return self.start()
         self.replay()
-        return self._logits.clone()
+        return self.logits.clone()
 
-    def record(self, stream: torch.cuda.Stream) -> None:
-        """Record it on a stream of its own, where it has run before, as libraries want."""
-        now = torch.cuda.current_stream()
-        stream.wait_stream(now)
-        with torch.cuda.stream(stream):
-            self._run()
-        now.wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        recording = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
-        with torch.cuda.stream(now), recording:  # the first: also if this fails half-way
-            logits = self._run()
-        self._logits, self.replay = logits, graph.replay
-
-    def _run(self) -> Tensor:
+    def start(self) -> Tensor:
+        """Start its kernels one by one."""
         token, position, first, place = self._numbers.split(1)
         seen = (self._columns >= first) & (self._columns <= place)
         inputs: dict[str, Any] = {"attention_mask": self._masks(seen, place)}
@@ -195,7 +224,6 @@ def usual(model: PreTrainedModel, token: int, position: int, cache: WindowCache)
     return model(ids, position_ids=places, **on_top_of(model, cache)).logits[0, -1]
 
 
-@torch.no_grad()
 def step_of(model: PreTrainedModel) -> GraphStep | None:
     """The short cut for this model on its GPU; None where there is none."""
     return GraphStep(model, records=True) if model.device.type == "cuda" and suits(model) else None
@@ -203,49 +231,15 @@ def step_of(model: PreTrainedModel) -> GraphStep | None:
 
 @torch.no_grad()
 def suits(model: PreTrainedModel) -> bool:
-    """Whether a pass of fixed shapes gives the model's logits, up to rounding: found out by trying it."""
-    config = model.config.get_text_config()
-    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-    if kind in MOVING or kinds_of(config) - {FULL, SLIDING} or any(map(is_watched, model.modules())):
+    """Whether a pass of fixed shapes gives the model's logits, up to rounding."""
+    config = model.config
+    is_known = config.model_type in KNOWN and type(model).__module__.startswith("transformers.models.")
+    rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    if not is_known or rotation in MOVING or kinds_of(config) - {FULL, SLIDING}:
         return False
-    attention = getattr(model.config, "_attn_implementation", "")
-    if attention not in ("sdpa", "eager"):  # others take no such mask
+    if getattr(config, "_attn_implementation", "") not in ("sdpa", "eager"):  # others take no such mask
         return False
-    ids = [token % config.vocab_size for token in range(1, 8)]
-    ours, theirs = WindowCache(16), WindowCache(16)
-    try:
-        for cache in (ours, theirs):
-            places = torch.arange(6, device=model.device).unsqueeze(0)
-            given = torch.tensor([ids[:6]], device=model.device)
-            model(given, position_ids=places, **on_top_of(model, cache))
-            cache.forget_before(3)
-        for layer in ours.layers:  # what a mask must hide: whoever looks at it is far off
-            assert isinstance(layer, WindowLayer)
-            layer.clean(LOUD)
-        step = GraphStep(model, records=False)
-        made = step(ids[6], 6, ours)
-        with _NoWaiting():
-            step.again(ours)
-        return _close(made, usual(model, ids[6], 6, theirs))
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError):
-        return False  # a model with masks or positions of its own, or one that waits for the GPU
-
-
-class _NoWaiting(TorchDispatchMode):
-    """While it is entered nothing may ask the device for a number, as nothing may that is recorded.
-
-    By what torch runs, because a recording that fails half-way leaves torch's random generator unusable.
-    """
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensors = [each for each in args if isinstance(each, Tensor)]
-        indices = args[1] if func is ATEN.index.Tensor else ()
-        chosen = any(each is not None and each.dtype in (torch.bool, torch.uint8) for each in indices)
-        made = func(*args, **(kwargs or {}))
-        moved = func in COPIES and any(each.device != made.device for each in tensors)
-        if func in WAITING or chosen or moved:
-            raise RuntimeError(f"{func} waits for the device")
-        return made
+    return not any(map(is_watched, model.modules())) and _agrees(model)
 
 
 def kinds_of(config: Any) -> set[str]:
@@ -256,6 +250,20 @@ def kinds_of(config: Any) -> set[str]:
     return {FULL if getattr(config, "sliding_window", None) is None else SLIDING}
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
-    within = torch.finfo(one.dtype).eps ** 0.5 * float(other.abs().max())
-    return bool(((one - other).abs() <= within).all())
+def _agrees(model: PreTrainedModel) -> bool:
+    """By trying it on a few tokens."""
+    ids = [token % model.config.vocab_size for token in range(1, 8)]
+    ours, theirs = WindowCache(16), WindowCache(16)
+    try:
+        for cache in (ours, theirs):
+            places = torch.arange(6, device=model.device).unsqueeze(0)
+            given = torch.tensor([ids[:6]], device=model.device)
+            model(given, position_ids=places, **on_top_of(model, cache))
+            cache.forget_before(3)
+        made, wanted = GraphStep(model, records=False)(ids[6], 6, ours), usual(model, ids[6], 6, theirs)
+    except Exception as error:
+        if is_out_of_memory(error):  # else the same model would write with other bits another time
+            raise
+        return False
+    within = torch.finfo(made.dtype).eps ** 0.5 * float(wanted.abs().max())
+    return bool(((made - wanted).abs() <= within).all())

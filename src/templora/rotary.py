@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from templora.cache import PrefixLayer, on_top_of
+from templora.cache import on_top_of
+from templora.cache_layers import PrefixLayer
 
 # What configs call it: nearly all of them, MPT, BLOOM.
 POSITIONS = ("max_position_embeddings", "max_seq_len", "seq_length")

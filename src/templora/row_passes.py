@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from templora.adapter import Adapter
 from templora.base import Base
-from templora.cache import PrefixLayer
+from templora.cache_layers import PrefixLayer
 from templora.cross_entropy import texts_nll
 from templora.half import wanted
 from templora.recipe import Recipe

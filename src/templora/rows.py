@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from templora.cache import Moved, PrefixLayer, WindowLayer, frozen
+from templora.cache import Moved, frozen
+from templora.cache_layers import PrefixLayer, WindowLayer
 from templora.window import Plan, Span
 
 

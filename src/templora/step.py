@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, scaled_dot_product_attention, silu
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from templora.cache import WindowCache, WindowLayer, on_top_of
+from templora.cache import WindowCache, on_top_of
+from templora.cache_layers import WindowLayer
 from templora.probe import is_watched
 from templora.rotary import MOVING
 
