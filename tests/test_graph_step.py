@@ -211,3 +211,46 @@ def test_a_text_is_written_as_without_it_and_goes_on_bit_for_bit(
         assert list(one.write(40))[-1].tokens == 40  # pyright: ignore[reportAttributeAccessIssue]
         assert one.ids == session.ids
         assert torch.equal(one.adapter.flat, session.adapter.flat)
+
+
+class Recorded:
+    """In place of CUDA graphs: starts all of it again. empty: or nothing, as a graph of nothing would."""
+
+    empty, made = False, 0
+
+    def __init__(self, device: torch.device) -> None:
+        assert device.type == "cpu"
+
+    def of(self, start: Any) -> tuple[torch.Tensor, Any]:
+        type(self).made += 1
+        logits = start()
+        return logits, (lambda: None) if self.empty else (lambda: logits.copy_(start()))
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_what_was_recorded_is_looked_at_before_it_is_trusted(
+    empty: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = type("Kind", (Recorded,), {"empty": empty})
+    monkeypatch.setattr(graph_step, "Recording", kind)
+    model = tiny_llama()
+    step, plain = GraphStep(model, records=True), logits(made_by(model), model)
+    reason = "what was recorded computes something else"
+    with pytest.warns(UserWarning, match=reason) if empty else nullcontext():
+        assert torch.equal(logits(step, model), plain)
+    assert kind.made == 1 if empty else kind.made > 4
+
+
+def test_no_more_passes_are_kept_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph_step, "MOST", 5)
+    model = tiny_llama()
+    step = made_by(model)
+    texts = step._texts  # pyright: ignore[reportPrivateUsage]
+    caches = [WindowCache(128), WindowCache(128)]
+    with torch.no_grad():
+        for cache, tokens in zip(caches, (40, 20), strict=True):
+            model(torch.arange(1, 20).unsqueeze(0), **on_top_of(model, cache))
+            for position in range(19, 19 + tokens):
+                step(5, position, cache)
+                assert sum(len(text.passes) for text in texts.values()) <= 5
+    assert [len(texts[cache].passes) for cache in caches] == [2, 3]
