@@ -70,6 +70,7 @@ class Bench:
         for window in self.sizes.whole[::-1]:
             made[f"base alone, window {window}"] = partial(self.decode, window)
         made["write, plain loop"] = partial(self.plain, self.write_plain)
+        made[f"write, window {small}, learning beside it"] = partial(self.write, small, parallel=True)
         return made | {f"write, window {window}": partial(self.write, window) for window in larger}
 
     def rates(self) -> dict[str, Any]:
@@ -92,16 +93,17 @@ class Bench:
         chunk = self.sizes.chunk
         return _step(plain_steps(loop, ids_of(self.sizes.shape, chunk, chunk), chunk, chunk))
 
-    def write(self, window: int) -> dict[str, Any]:
-        """Writing and learning with the default recipe, window full, for at most a third of the time left."""
-        session = willing(self.base.session("default", seed=1, window=window, context=window))
+    def write(self, window: int, *, parallel: bool = False) -> dict[str, Any]:
+        """Writing and learning by the default recipe, window full, for at most a quarter of the time left."""
+        sizes: dict[str, Any] = {"window": window, "context": window, "parallel": parallel}
+        session = willing(self.base.session("default", seed=1, **sizes))
         session.extend(shapes.ids(self.sizes.shape, 1 + window), "")
         session.chunk = window // session.plan.chunk  # given, and not learned
         wishes: dict[str, Any] = {"sampling": GREEDY, "score_base": False}
         for _ in session.write(session.plan.chunk, **wishes):
             pass
         started, tokens = time.perf_counter(), 0
-        stop = started + (self.deadline - started) / 3
+        stop = started + (self.deadline - started) / 4
         for event in session.write(self.sizes.written, **wishes):
             tokens += isinstance(event, Token)
             if isinstance(event, ChunkScored) and time.perf_counter() > stop:

@@ -7,8 +7,9 @@ text in memory; a session on disk learns in turn.
 
 import copy
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,7 +184,7 @@ class ParallelSession(Session):
         return news
 
     def _begin(self, job: _Job) -> None:
-        job.future = self._worker.submit(_learn, self.study, self.plan, job)
+        job.future = self._worker.submit(_learn, self.study, self.plan, job, beside(self.base.device))
         if self.recipe.dropout > 0:
             # It draws from torch's own generator, which nobody else may use meanwhile: the caller waits.
             wait([job.future])
@@ -226,8 +227,29 @@ def twin_of(base: Base) -> Base:
     return made
 
 
-def _learn(study: Study, plan: Plan, job: _Job) -> list[Event]:
+def beside(device: torch.device) -> AbstractContextManager[None]:
+    """What runs inside does so beside whatever else the device is given from now on, and is done at its end.
+
+    On a GPU that takes a stream of its own: on the one that all threads have, a token would wait for all of
+    the learning that is queued there.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    return _on(torch.cuda.Stream(device), torch.cuda.current_stream(device).record_event())
+
+
+@contextmanager
+def _on(stream: torch.cuda.Stream, after: Any) -> Generator[None]:
+    stream.wait_event(after)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        stream.synchronize()
+
+
+def _learn(study: Study, plan: Plan, job: _Job, place: AbstractContextManager[None]) -> list[Event]:
     """In the worker's thread, which has modes of its own: torch's are by thread."""
     ids: Sequence[int] = job.ids
-    with torch.inference_mode(False), torch.enable_grad(), fits_in_memory(plan):
+    with torch.inference_mode(False), torch.enable_grad(), place, fits_in_memory(plan):
         return study.finish(ids, job.span, job.written, score_base=job.score_base)
