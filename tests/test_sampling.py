@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from templora import sampling
 from templora.errors import InvalidRecipe
 from templora.filtering import WAYS, filtered
 from templora.sampling import Sampler, Sampling
@@ -64,9 +65,41 @@ def test_greedy_takes_the_likeliest() -> None:
 
 def test_a_greedy_draw_uses_no_randomness() -> None:
     sampler = Sampler(7)
-    before = sampler.generator.get_state()
     sampler.draw(logits(0), VISIBLE, Sampling().processors(), greedy=True)
-    assert torch.equal(sampler.generator.get_state(), before)
+    assert sampler.draws == 0
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    scores, number = 2 * torch.randn(12, generator=torch.Generator().manual_seed(3)), 20_000
+    scores[[0, 5, 11]] = -torch.inf
+    likely = scores.softmax(0)
+    for seed in (0, 1, -1, 1 << 70):
+        sampler = Sampler(seed)
+        drawn = [sampler.draw(scores, [], LogitsProcessorList(), greedy=False) for _ in range(number)]
+        seen = torch.bincount(torch.tensor(drawn), minlength=12)
+        assert not seen[[0, 5, 11]].any()
+        # Chi-square of eight degrees of freedom: above 37.3 once in a hundred thousand times.
+        assert ((seen - number * likely) ** 2 / (number * likely))[likely > 0].sum() < 37.3
+        pairs = torch.bincount(torch.tensor(drawn[1:]) * 12 + torch.tensor(drawn[:-1]), minlength=144)
+        both = number * torch.outer(likely, likely).flatten()
+        large = both > 20  # and neighbours have nothing in common
+        assert ((pairs - both) ** 2 / both)[large].sum() < 2 * large.sum()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1 - 2**-53])
+def test_what_is_impossible_is_never_drawn(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_uniform", lambda *_: share)
+    for scores in ([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf], [-torch.inf] * 9 + [5.0], [1.0]):
+        given_ = torch.tensor(scores)
+        assert given_[Sampler(1).draw(given_, [], LogitsProcessorList(), greedy=False)].isfinite()
+
+
+@pytest.mark.parametrize("scores", [[-torch.inf] * 3, [0.0, torch.nan], [torch.inf, 0.0]])
+def test_where_nothing_is_left_it_says_so(scores: list[float]) -> None:
+    sampler = Sampler(1)
+    with pytest.raises(RuntimeError, match="no token is left to draw"):
+        sampler.draw(torch.tensor(scores), [], LogitsProcessorList(), greedy=False)
+    assert sampler.draws == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,7 +1,7 @@
 """From logits to a token. The filtering is transformers' own logits processors; here is only the draw.
 
-A sampler has its own random generator, so a text does not depend on what else draws random numbers. Its
-whole random state is two integers, so that it can be written down with each token.
+A sampler's random numbers are its own, so a text does not depend on what else draws some. Its whole random
+state is two integers, so that it can be written down with each token.
 """
 
 from collections.abc import Sequence
@@ -131,7 +131,6 @@ class Sampler:
 
     def __init__(self, seed: int, draws: int = 0) -> None:
         self.seed, self.draws = seed, draws
-        self.generator = torch.Generator()
 
     @torch.no_grad()
     def draw(
@@ -147,22 +146,36 @@ class Sampler:
         Args:
             logits: [vocab]. shown: ids, for the processors that look at them.
             greedy: take the likeliest.
+
+        Raises:
+            RuntimeError: the processors left no token, or scores that are no numbers.
         """
         scores = filtered(processors, shown, logits.float().unsqueeze(0))[0]
         if greedy:
             return int(scores.argmax())
-        # Drawn on the CPU, where the generator lives: the same seed gives the same text on any device.
-        probabilities = scores.softmax(dim=-1).cpu()
-        self.generator.manual_seed(_mixed(self.seed, self.draws))
-        drawn = int(torch.multinomial(probabilities, 1, generator=self.generator))
+        drawn = _at(_uniform(self.seed, self.draws), scores.softmax(dim=-1))
         self.draws += 1  # not of what a caller's own processor made impossible
         return drawn
 
 
-def _mixed(seed: int, draw: int) -> int:
-    """A seed for each draw: SplitMix64's output function, so that neighbours have nothing in common."""
+def _at(share: float, probabilities: Tensor) -> int:
+    """The token that has that share of all probability before it, or within itself. probabilities: [vocab].
+
+    One number decides; `torch.multinomial` draws one for each token of the vocabulary, in a large one for
+    longer than a GPU runs the model.
+    """
+    upto = probabilities.cpu().double().cumsum(dim=0)  # on any device the same
+    total = float(upto[-1])
+    if not 0 < total < inf:
+        raise RuntimeError("no token is left to draw; see which logits processors leave none, or NaN")
+    # right: past all that are impossible, which add nothing.
+    return int(torch.searchsorted(upto, share * total, right=True))
+
+
+def _uniform(seed: int, draw: int) -> float:
+    """A number for each draw, 0 or more and below 1: SplitMix64's output function."""
     mask = (1 << 64) - 1
     z = (seed * 0xD1342543DE82EF95 + (draw + 1) * 0x9E3779B97F4A7C15) & mask
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return z ^ (z >> 31)
+    return ((z ^ (z >> 31)) >> 11) / (1 << 53)
