@@ -361,6 +361,27 @@ def test_an_empty_prompt_is_refused(prompt: list[str], tmp_path: Path) -> None:
     assert "is empty" in refusal(templora_write("--prompt-file", tmp_path / "empty.txt"))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has another OpenMP elsewhere")
+@pytest.mark.parametrize(
+    ("own", "spins"),
+    [({}, "3000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "active"}, "30000000000")],
+    ids=str,
+)
+def test_threads_wait_asleep_unless_someone_says_how(own: dict[str, str], spins: str, tiny: str) -> None:
+    """As OpenMP itself says when it is loaded, which is with torch."""
+    others = {
+        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    done = subprocess.run(
+        command("score", Path(__file__).parent.parent / "LICENSE", "--tokens", 20, "--model", tiny),
+        env=others | own | {"OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
+
+
 @pytest.mark.slow
 def test_a_hub_id_without_a_network_is_one_line(tmp_path: Path) -> None:
     done = subprocess.run(
