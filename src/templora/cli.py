@@ -10,7 +10,8 @@ import typer
 from templora import __version__
 from templora.commands import bench, read, score, sessions, translate, write
 
-SPINS = "3000"  # some 10 µs; costs a twentieth where no other program runs
+SPINS = "3000"  # some 10 µs awake first; costs about a twentieth where no other program runs
+FEW_CORES = 4
 
 app = typer.Typer(
     name="templora",
@@ -51,12 +52,14 @@ def main() -> None:
 
 
 def _wait_asleep() -> None:
-    """Let torch's threads wait for each other asleep, but for a moment first; before torch is imported.
+    """On few cores let torch's threads wait for each other asleep; before torch is imported.
 
     By themselves they wait awake, for milliseconds: where any other program keeps a single core busy, all of
     them wait for the one that shares it, at each step, and everything takes three to fifteen times as long.
+    To wake many takes longer than to wake one, so where there are more cores it stays as it is.
     """
-    if "OMP_WAIT_POLICY" not in os.environ:
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    if cores <= FEW_CORES and "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
