@@ -25,6 +25,7 @@ from benchmarks.roofline import limits, measured
 from benchmarks.willing import willing
 from templora.bench.tables import table
 from templora.events import ChunkScored, Token
+from templora.parallel import ParallelSession
 
 Part = Callable[[], dict[str, Any]]
 NO_GPU = "no GPU here; --toy runs this on the CPU at toy size"
@@ -108,8 +109,12 @@ class Bench:
             tokens += isinstance(event, Token)
             if isinstance(event, ChunkScored) and time.perf_counter() > stop:
                 break
+        if isinstance(session, ParallelSession):
+            session.settle()
         wait(self.device)
-        return {"tokens": tokens, "seconds": time.perf_counter() - started}
+        seconds = time.perf_counter() - started
+        session.discard()
+        return {"tokens": tokens, "seconds": seconds}
 
     def write_unrecorded(self, window: int) -> dict[str, Any]:
         """The same through the model's own modules, without the short cut for a token (CUDA graphs)."""

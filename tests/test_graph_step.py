@@ -177,7 +177,8 @@ def test_a_pass_is_made_once_for_a_piece_an_adapter_and_a_text() -> None:
         run(8, 22, caches[0])
         head.weight = nn.Parameter(head.weight.clone())  # the same layer, with its numbers elsewhere
         run(9, 23, caches[0])
-    assert [each.uses for each in texts[caches[0]].passes.values()] == [1, 3, 1]
+    # What read the numbers where they were is gone, and holds them no more.
+    assert [each.uses for each in texts[caches[0]].passes.values()] == [1, 1]
     del cache
     caches.clear()
     assert not texts
@@ -235,6 +236,17 @@ def test_what_was_recorded_is_looked_at_before_it_is_trusted(
     monkeypatch.setattr(graph_step, "Recording", kind)
     model = tiny_llama()
     step, plain = GraphStep(model, records=True), logits(made_by(model), model)
+    with torch.no_grad():
+        cache = WindowCache(128)  # nor where what is no number was there at first
+        model(torch.arange(1, 20).unsqueeze(0), **on_top_of(model, cache))
+        quiet = GraphStep(model, records=True)
+        for position in range(19, 19 + graph_step.USES - 1):
+            quiet(5, position, cache)
+        for layer in cache.layers:
+            assert isinstance(layer, WindowLayer)
+            layer.clean(float("nan"))
+        assert torch.isfinite(quiet(5, 19 + graph_step.USES - 1, cache)).all()
+    kind.made = 0
     reason = "what was recorded computes something else"
     with pytest.warns(UserWarning, match=reason) if empty else nullcontext():
         assert torch.equal(logits(step, model), plain)

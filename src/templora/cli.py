@@ -10,7 +10,7 @@ import typer
 from templora import __version__
 from templora.commands import bench, read, score, sessions, translate, write
 
-SPINS = "3000"  # some 10 µs awake first; costs about a twentieth where no other program runs
+SPINS = "3000"  # some 10 µs awake first; costs a twentieth to an eighth where no other program runs
 FEW_CORES = 4
 
 app = typer.Typer(

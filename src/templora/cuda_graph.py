@@ -20,7 +20,8 @@ class Recording:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         with torch.cuda.device(device):
-            self._stream = torch.cuda.Stream(device)
+            # Of another priority, so that nobody else is given the same stream by chance.
+            self._stream = torch.cuda.Stream(device, priority=-1)
             self._pool: Any = torch.cuda.graph_pool_handle()
 
     def of(self, start: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
@@ -35,29 +36,37 @@ class Recording:
         with torch.cuda.device(device), random_state(device):
             stream.wait_stream(now)
             with torch.cuda.stream(stream):
-                start()  # where it will be recorded, it has to have run before, as libraries want
-                torch.cuda.synchronize(device)
+                try:
+                    start()  # where it will be recorded it has to have run before, as libraries want
+                finally:
+                    stream.synchronize()
+                _forget_workspaces()
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     made = start()
                 except BaseException:
-                    self._abandon(graph)
+                    with suppress(RuntimeError):
+                        self._end(graph)
                     raise
-                try:
-                    graph.capture_end()
-                except RuntimeError:
-                    self._leave_pool()
-                    raise
+                self._end(graph)
+                _forget_workspaces()
             now.wait_stream(stream)
         return made, graph.replay
 
-    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a recording; where that fails, torch would go on as if it recorded, and is told."""
         try:
             graph.capture_end()
         except RuntimeError:
-            self._leave_pool()
+            with suppress(RuntimeError, AttributeError):
+                torch._C._cuda_endAllocateToPool(self._device.index, self._pool)  # pyright: ignore[reportPrivateUsage]
+            with suppress(RuntimeError, AttributeError):
+                generator: Any = torch.cuda.default_generators[self._device.index]
+                generator.graphsafe_set_state(generator.clone_state())
+            raise
 
-    def _leave_pool(self) -> None:
-        """torch forgets to, where a recording fails at its end; and would give no memory back any more."""
-        with suppress(RuntimeError, AttributeError):
-            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)  # pyright: ignore[reportPrivateUsage]
+
+def _forget_workspaces() -> None:
+    """A graph reads cuBLAS's workspace of its stream, which torch frees with the first graph that goes: so
+    each recording has one of its own, in the memory of the graphs."""
+    torch._C._cuda_clearCublasWorkspaces()  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]

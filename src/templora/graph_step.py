@@ -32,6 +32,7 @@ KNOWN = {
     *("mistral", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "smollm3", "starcoder2"),
 }
 FULL, SLIDING = "full_attention", "sliding_attention"  # blocks that see all, and a window of their own
+MASKED = ("sdpa", "eager")  # kinds of attention that take a mask of numbers
 PIECES = 16  # of a buffer; what a pass sees begins and ends at the edge of one
 USES = 4  # of a piece before its pass is recorded, which takes as long as some tokens
 MOST = 64  # passes that are kept, of all texts
@@ -56,7 +57,8 @@ class GraphStep:
         """Run it on top of `cache`, which grows; [vocab]. Gradients must be switched off."""
         layers, device = cast("list[WindowLayer]", cache.layers), self._model.device
         begun = all(layer.is_initialized and layer.length for layer in layers)
-        if not begun or device != self._device or layers[0].keys is None or layers[0].keys.device != device:
+        moved = device != self._device or (begun and cast(Tensor, layers[0].keys).device != device)
+        if not begun or moved or _attention(self._model) not in MASKED:
             return usual(self._model, token, position, cache)
         for layer in layers:
             layer.grow()
@@ -66,11 +68,13 @@ class GraphStep:
         if bool(logits.isnan().any()):  # the mask hides numbers alone: nothing else may be where nothing is
             for layer in layers:
                 layer.clean()
-            logits = made.run(*numbers)
+            logits = self._run(made, numbers)
+        if self._records and made.replay is None and made.uses >= USES:
+            self._record(made)
         return logits
 
     def _run(self, made: "_Pass", numbers: tuple[int, int, int, int]) -> Tensor:
-        """That pass, which is recorded when it has been used a few times, and the next time looked at."""
+        """That pass; what was recorded of it is looked at when it is first used, and not taken before."""
         logits = made.run(*numbers)
         if made.replay is not None and not made.trusted:
             recorded, made.replay = made.replay, None
@@ -80,8 +84,6 @@ class GraphStep:
             else:
                 self._give_up("what was recorded computes something else")
             return again
-        if self._records and made.replay is None and made.uses >= USES:
-            self._record(made)
         return logits
 
     def _record(self, made: "_Pass") -> None:
@@ -110,9 +112,11 @@ class GraphStep:
         names = tuple(map(id, modules))
         if (stands := text.stands.get(names)) is None:
             stands = text.stands[names] = _Standing(modules, self._own)
-        piece, attention = piece_of(layer), getattr(self._model.config, "_attn_implementation", "")
-        memory = stands.memory()
-        key = (piece.start, piece.stop, attention, id(memory))
+        before, memory, piece = stands.memory, stands.look(), piece_of(layer)
+        if memory is not before:  # weights have moved: what reads them elsewhere is of no use, and holds them
+            for old in [key for key, made in text.passes.items() if made.memory is before]:
+                del text.passes[old]
+        key = (piece.start, piece.stop, _attention(self._model), id(memory))
         if key not in text.passes:
             text.passes[key] = _Pass(self._model, cache, piece, memory)
             self._shrink(text)
@@ -135,7 +139,7 @@ class _Standing:
 
     def __init__(self, modules: Sequence[nn.Module], own: set[int]) -> None:
         self.modules = modules
-        self._memory: dict[tuple[int, ...], list[Tensor]] = {}
+        self.memory, self._where = list[Tensor](), ()
         parts = (each for one in modules for each in ((one,) if id(one) in own else one.modules()))
         self._held = [
             held
@@ -144,13 +148,13 @@ class _Standing:
             if held
         ]
 
-    def memory(self) -> list[Tensor]:
+    def look(self) -> list[Tensor]:
         """All that they compute with, as it lies in memory now: the same list while it lies there."""
         tensors = [one for one in chain.from_iterable(map(dict.values, self._held)) if one is not None]
         where = tuple(map(Tensor.data_ptr, tensors))
-        if where not in self._memory:
-            self._memory[where] = [one.detach() for one in tensors]
-        return self._memory[where]
+        if where != self._where:
+            self.memory, self._where = [one.detach() for one in tensors], where
+        return self.memory
 
 
 class _Text:
@@ -237,9 +241,13 @@ def suits(model: PreTrainedModel) -> bool:
     rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     if not is_known or rotation in MOVING or kinds_of(config) - {FULL, SLIDING}:
         return False
-    if getattr(config, "_attn_implementation", "") not in ("sdpa", "eager"):  # others take no such mask
+    if _attention(model) not in MASKED:
         return False
     return not any(map(is_watched, model.modules())) and _agrees(model)
+
+
+def _attention(model: PreTrainedModel) -> str:
+    return getattr(model.config, "_attn_implementation", "")
 
 
 def kinds_of(config: Any) -> set[str]:

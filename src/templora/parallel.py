@@ -68,6 +68,7 @@ class ParallelSession(Session):
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="templora")
         self._job: _Job | None = None  # the only one that is not learned yet
         self._news: list[Event] = []  # not yielded yet
+        self._stream: torch.cuda.Stream | None = None
         super().__init__(base, recipe, seed=seed, **overrides)
 
     def settle(self) -> None:
@@ -175,6 +176,19 @@ class ParallelSession(Session):
                 self._news.append(ChunkWritten(span.chunk, span.start, span.tokens, written, seconds))
             self._begin(self._job)
 
+    def _beside(self) -> AbstractContextManager[None]:
+        """What runs inside does so beside whatever the device is given from now on; at its end it is done.
+
+        On a GPU that takes a stream of its own: on the one that all threads have, a token would wait for all
+        of the learning that is queued there.
+        """
+        device = self.base.device
+        if device.type != "cuda":
+            return nullcontext()
+        # The same for all jobs: torch keeps freed memory for the stream that it was used on.
+        self._stream = self._stream or torch.cuda.Stream(device)
+        return _on(self._stream, torch.cuda.current_stream(device).record_event())
+
     def _outstanding(self) -> Iterator[Event]:
         self.settle()
         yield from self._take_news()
@@ -184,7 +198,7 @@ class ParallelSession(Session):
         return news
 
     def _begin(self, job: _Job) -> None:
-        job.future = self._worker.submit(_learn, self.study, self.plan, job, beside(self.base.device))
+        job.future = self._worker.submit(_learn, self.study, self.plan, job, self._beside())
         if self.recipe.dropout > 0:
             # It draws from torch's own generator, which nobody else may use meanwhile: the caller waits.
             wait([job.future])
@@ -225,17 +239,6 @@ def twin_of(base: Base) -> Base:
     made = Base(twin, base.tokenizer if base.has_tokenizer else None, base.name)
     made.halves = base.halves  # of the same weights
     return made
-
-
-def beside(device: torch.device) -> AbstractContextManager[None]:
-    """What runs inside does so beside whatever else the device is given from now on, and is done at its end.
-
-    On a GPU that takes a stream of its own: on the one that all threads have, a token would wait for all of
-    the learning that is queued there.
-    """
-    if device.type != "cuda":
-        return nullcontext()
-    return _on(torch.cuda.Stream(device), torch.cuda.current_stream(device).record_event())
 
 
 @contextmanager

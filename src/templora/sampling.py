@@ -164,7 +164,7 @@ def _at(share: float, probabilities: Tensor) -> int:
     One number decides; `torch.multinomial` draws one for each token of the vocabulary, in a large one for
     longer than a GPU runs the model.
     """
-    upto = probabilities.cpu().double().cumsum(dim=0)  # on any device the same
+    upto = probabilities.cpu().double().cumsum(dim=0)  # one after another, as a GPU would not
     total = float(upto[-1])
     if not 0 < total < inf:
         raise RuntimeError("no token is left to draw; see which logits processors leave none, or NaN")
