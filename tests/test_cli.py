@@ -31,7 +31,7 @@ from transformers import (
 from typer.testing import CliRunner, Result
 
 import templora
-from templora import report
+from templora import cli, report
 from templora.cli import app
 from templora.events import EVENTS, Event
 from templora.testing import ByteTokenizer, tiny_llama
@@ -382,6 +382,25 @@ def test_threads_wait_asleep_unless_someone_says_how(own: dict[str, str], spins:
         check=True,
     )
     assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("says", "threads"),
+    [("100000 100000\n", "1"), ("50000 100000\n", "1"), ("max 100000\n", None), ("", None), (None, None)],
+)
+def test_a_containers_share_of_the_cores_is_all_that_it_takes(
+    says: str | None, threads: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "cpu.max"
+    if says is not None:
+        file.write_text(says, "ascii")
+    own = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    monkeypatch.setattr(cli, "CPU_MAX", file)
+    monkeypatch.setattr(os, "environ", own)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    cli._share_machine()  # pyright: ignore[reportPrivateUsage]
+    assert own.get("OMP_NUM_THREADS") == threads
 
 
 @pytest.mark.slow
