@@ -44,12 +44,17 @@ def scores(precision: str, recipe: str = "default", **changes: Any) -> list[floa
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_product_is_fp32s_up_to_rounding(bias: bool) -> None:
+def test_a_product_is_fp32s_up_to_rounding(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, shift = rows(40, 24), rows(16, 24), rows(16) if bias else None
     exact = functional.linear(x, weight, shift)
     assert torch.equal(times(x, weight, shift), exact)
     assert near(times(x, weight.bfloat16(), shift), exact)
     assert near(times(rows(40, 16), weight.bfloat16().T), rows(40, 16) @ weight)
+    for vector in (True, False):
+        monkeypatch.setattr(half, "as_vector", lambda vector=vector: vector)
+        assert near(
+            times(rows(1, 24), weight.bfloat16(), shift), functional.linear(rows(1, 24), weight, shift)
+        )
     assert times(x, weight.bfloat16()).dtype == torch.float32
 
 
@@ -194,6 +199,26 @@ def test_at_rate_zero_base_and_adapter_have_the_same_bits_and_the_base_keeps_its
         assert isinstance(event, ChunkScored)
         assert event.adapted_nll == event.base_nll
     assert session.base.fingerprint() == before
+
+
+@pytest.mark.parametrize(
+    ("cpu", "has", "vector"),
+    [
+        ("vendor_id : GenuineIntel\nflags : fpu avx512_bf16 amx_bf16", True, True),
+        ("vendor_id : AuthenticAMD\nflags : fpu avx512_bf16", True, False),
+        ("vendor_id : GenuineIntel\nflags : fpu avx2", False, False),
+        ("", False, False),
+    ],
+)
+def test_what_a_cpu_says_of_itself_decides(
+    cpu: str, has: bool, vector: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for asked in (half.native, half.intel):
+        asked.cache_clear()
+    monkeypatch.setattr(half, "_cpu", lambda: cpu)
+    assert (half.native(), half.as_vector(), half.intel()) == (has, vector, "AMD" not in cpu)
+    for asked in (half.native, half.intel):
+        asked.cache_clear()
 
 
 def test_auto_is_what_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:

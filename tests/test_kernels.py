@@ -158,6 +158,7 @@ def test_at_rate_zero_they_leave_the_base_and_the_adapter_the_same_bits(
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_row_of_bf16_is_a_vector_and_the_same(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "as_vector", lambda: True)
     made: list[tuple[int, ...]] = []
     real = torch.mv
     monkeypatch.setattr(torch, "mv", lambda *pair: (made.append(pair[1].shape), real(*pair))[1])
@@ -173,10 +174,10 @@ def test_a_row_of_bf16_is_a_vector_and_the_same(bias: bool, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("has", [True, False])
-def test_a_base_of_bf16_writes_that_way_where_the_cpu_has_instructions_for_it(
+def test_a_base_of_bf16_writes_that_way_where_the_cpu_is_faster_so(
     has: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "native", lambda: has)
+    monkeypatch.setattr(kernels, "as_vector", lambda: has)
     base = templora.load(model=tiny_llama().bfloat16(), tokenizer=ByteTokenizer())
     assert isinstance(base.fast(1), Fast) is has
     assert not isinstance(base.fast(2), Fast)
@@ -184,7 +185,7 @@ def test_a_base_of_bf16_writes_that_way_where_the_cpu_has_instructions_for_it(
     session.extend(base.encode(PROSE[:9]), PROSE[:9])
     span, found = session.plan.span(0), list[Tensor]()
     for one in (False, True):
-        monkeypatch.setattr(kernels, "native", lambda one=one: one)
+        monkeypatch.setattr(kernels, "as_vector", lambda one=one: one)
         session.decoder.forget()
         for stop in (5, 6, 7):
             found.append(session.decoder.logits(session.ids[:stop], span))

@@ -4,16 +4,13 @@ torch's fp32 products are MKL's, which leaves half of an AMD core's vector unit 
 well, uses all of it. And torch's attention gives the keys of a cache gradients that nobody asks for. Those
 with frozen weights may be bf16's, see `half`. `fast()` puts others in their place while a pass runs, by what
 torch calls a function mode: no model, no module and no other thread is touched. It knows nothing of adapters.
-A base of bf16 has one of its own: torch's product of matrices reads a weight for one token at down to a third
-of the memory's speed, that of a matrix and a vector at all of it.
+A base of bf16 has one of its own, on Intel: see `half.as_vector`.
 """
 
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from templora.half import Halves, native, times
+from templora.half import Halves, as_vector, intel, times
 
 FEWEST = 16  # rows: below that MKL is the faster one
 BLOCK = 128  # queries at a time: their scores stay in the core's own cache
@@ -48,10 +45,8 @@ _here = threading.local()  # a function mode is its thread's own, and so is what
 @cache
 def pays() -> bool:
     """Whether this machine's MKL holds back: decided by what it is, never by a clock, so that runs repeat."""
-    info = Path("/proc/cpuinfo")
-    intel = "GenuineIntel" in info.read_text("utf-8") if info.exists() else True
-    measured = sys.platform == "linux" and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return measured and not intel and torch.backends.mkldnn.is_available()
+    measured = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return measured and not intel() and torch.backends.mkldnn.is_available()
 
 
 def fast(
@@ -64,7 +59,7 @@ def fast(
     """
     many = rows >= FEWEST
     wide, halved = many and pays(), halves and (many or halves.large)
-    one = rows == 1 and dtype == torch.bfloat16 and native()
+    one = rows == 1 and dtype == torch.bfloat16 and as_vector()
     return Fast(halves, wide=wide) if device.type == "cpu" and (wide or halved or one) else nullcontext()
 
 
@@ -173,7 +168,7 @@ def _entered() -> "list[Fast]":
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """None where the weight learns, or anything else is not as usual."""
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-    if x.dtype == weight.dtype == torch.bfloat16 and frozen and x.numel() == x.shape[-1]:
+    if x.dtype == weight.dtype == torch.bfloat16 and frozen and x.numel() == x.shape[-1] and as_vector():
         row = torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
         return row if bias is None else row + bias
     plain = x.dtype == weight.dtype == torch.float32 and x.ndim >= 2 and weight.ndim == 2
