@@ -132,3 +132,23 @@ def test_a_text_that_is_too_short_is_named_before_the_first_run(folder: Path, he
     Path("texts.jsonl").write_text('{"title": "none", "text": ""}\n', "utf-8")
     done = sweep("plan.yaml", "k.txt", "texts.jsonl", "--out", "table.md", "--model", folder)
     assert "none (line 1 of texts.jsonl) is too short" in refusal(done)
+
+
+def test_a_run_may_be_of_a_recipe_of_its_own(folder: Path, here: Path) -> None:
+    Path("plan.yaml").write_text(
+        "set: {window: 32, chunk: 16, context: 32, dropout: 0}\nruns:\n  - {recipe: [default, paper]}\n"
+        "  - {recipe: default, learning_rate: 0, magnitude_rate: 0}\n",
+        "utf-8",
+    )
+    done = sweep("plan.yaml", "k.txt", "--out", "table.md", "--model", folder)
+    assert done.exit_code == 0, done.output
+    rows = [row.split(" | ") for row in Path("table.md").read_text("utf-8").splitlines()[2:]]
+    changes = {run.removeprefix("| "): change for run, change, *_ in rows}
+    assert changes.keys() == {
+        "recipe default",
+        "recipe paper",
+        "recipe default, learning_rate 0, magnitude_rate 0",
+    }
+    assert len(set(changes.values())) == 3, "each learns in its own way"
+    Path("plan.yaml").write_text("runs:\n  - {}\n  - {recipe: papre}\n", "utf-8")
+    assert "papre" in refusal(sweep("plan.yaml", "k.txt", "--out", "other.md", "--model", folder))

@@ -1,7 +1,7 @@
 """Many recipes on the same texts: one table, the best on top.
 
 A configuration is YAML: `recipe`, `tokens`, `seed`, `set` (keys for all runs) and `runs`, a list of maps from
-key to value; a list as value stands for several runs.
+key to value. A list as value stands for several runs; `recipe` may be among the keys.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,6 +28,11 @@ class Sweep:
     seed: int
     common: dict[str, Any]
     runs: list[dict[str, Any]]
+
+    def recipe_of(self, keys: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """A run's recipe, and what is changed in it."""
+        wishes = {**self.common, **keys}
+        return str(wishes.pop("recipe", self.recipe)), wishes
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +87,7 @@ def run(base: Base, sweep: Sweep, texts: Sequence[tuple[str, str]]) -> Iterator[
         InvalidRecipe, WindowTooLarge, InvalidText: before the first run, a run or a text that cannot work.
     """
     for keys in sweep.runs:
-        fitted(load(sweep.recipe, {**sweep.common, **keys}), base.positions)
+        fitted(load(*sweep.recipe_of(keys)), base.positions)
     for name, text in texts:
         # As `score` counts: the first token of all has none before it, and is not scored.
         if len(base.prefix_ids) + len(base.encode(text)[: sweep.tokens]) < 2:
@@ -94,8 +99,8 @@ def run(base: Base, sweep: Sweep, texts: Sequence[tuple[str, str]]) -> Iterator[
 
 
 def _score(base: Base, sweep: Sweep, keys: dict[str, Any], text: str) -> Scores:
-    wishes = {**sweep.common, **keys}
-    return score(base, text, sweep.recipe, tokens=sweep.tokens, seed=sweep.seed, **wishes)
+    recipe, wishes = sweep.recipe_of(keys)
+    return score(base, text, recipe, tokens=sweep.tokens, seed=sweep.seed, **wishes)
 
 
 def markdown(outcomes: list[Outcome]) -> str:
