@@ -191,3 +191,38 @@ def test_a_base_of_bf16_writes_that_way_where_the_cpu_is_faster_so(
             found.append(session.decoder.logits(session.ids[:stop], span))
     for usual, quick in zip(found[:3], found[3:], strict=True):
         assert torch.allclose(usual.float(), quick.float(), atol=0.02 * float(usual.float().abs().max()))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("count", [1, 2, 15])
+def test_a_few_rows_have_the_same_product(count: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    real = kernels.product
+    monkeypatch.setattr(kernels, "product", lambda x, *rest: (made.append(len(x)), real(x, *rest))[1])
+    x, weight, shift = rows(1, count, 24), rows(16, 24), rows(16) if bias else None
+    exact = functional.linear(x, weight, shift)
+    assert torch.equal(kernels.rows_through(x[0], weight, shift), exact[0])
+    assert not made
+    with Fast(), torch.no_grad():
+        assert torch.allclose(functional.linear(x, weight, shift), exact, atol=1e-5)
+        assert torch.allclose(kernels.rows_through(x[0], weight, shift), exact[0], atol=1e-5)
+    assert made == [count] * 2
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_tokens_of_a_base_of_large_layers_take_them(large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "pays", lambda: True)
+    usual, found = list[Tensor](), list[Tensor]()
+    for logits, least in ((usual, 1 << 30), (found, 1 if large else 1 << 30)):
+        monkeypatch.setattr(kernels, "LARGE", least)
+        base = templora.load(model=tiny_llama(), tokenizer=ByteTokenizer())
+        assert isinstance(base.fast(1), Fast) is (least == 1)
+        assert isinstance(base.fast(kernels.FEWEST), Fast)
+        session = base.session(window=48, context=48, chunk=32, seed=3)
+        session.extend(base.encode(PROSE[:39]), PROSE[:39])
+        assert [*session.learning()]
+        session.decoder.forget()
+        span = session.plan.span(1)
+        logits += [session.decoder.logits(session.ids[:stop], span) for stop in (36, 37, 38)]
+    for one, other in zip(usual, found, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)

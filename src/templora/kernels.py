@@ -14,13 +14,14 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from templora.half import Halves, as_vector, intel, times
 
-FEWEST = 16  # rows: below that MKL is the faster one
+FEWEST = 16  # rows
+LARGE = 1 << 20  # numbers of a layer's weight, in the mean, for which fewer rows pay as well
 BLOCK = 128  # queries at a time: their scores stay in the core's own cache
 
 
@@ -49,18 +50,35 @@ def pays() -> bool:
     return measured and not intel() and torch.backends.mkldnn.is_available()
 
 
+def pays_for_few(model: nn.Module) -> bool:
+    """Whether its layers are so large that also a pass over a few tokens gains.
+
+    There the product of one row is faster, too, and uses all threads where MKL's has one; but a function mode
+    takes a fifth of a millisecond a block.
+    """
+    layers = [module.weight for module in model.modules() if type(module) is nn.Linear]
+    sizes = [weight.numel() for weight in layers if weight.dtype == torch.float32]
+    return sum(sizes) >= LARGE * max(1, len(sizes))
+
+
 def fast(
-    rows: int, *, device: torch.device, dtype: torch.dtype, halves: Halves | None = None
+    rows: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    halves: Halves | None = None,
+    few: bool = False,
 ) -> AbstractContextManager[object]:
     """For one pass over that many tokens; does nothing where it would not pay.
 
     dtype: of the base. halves: products with these weights are bf16's; over few tokens only where these are a
-    large base's.
+    large base's. few: whether fp32's pay there as well.
     """
     many = rows >= FEWEST
-    wide, halved = many and pays(), halves and (many or halves.large)
+    copies = halves if halves and (many or halves.large) else None
+    wide = pays() and (many or few)
     one = rows == 1 and dtype == torch.bfloat16 and as_vector()
-    return Fast(halves, wide=wide) if device.type == "cpu" and (wide or halved or one) else nullcontext()
+    return Fast(copies, wide=wide) if device.type == "cpu" and (wide or copies or one) else nullcontext()
 
 
 def is_fast() -> bool:
@@ -74,6 +92,14 @@ def used(weight: Tensor) -> Tensor:
         if mode.halves is not None:
             return mode.halves.of(weight)
     return weight
+
+
+def rows_through(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """rows weightᵀ + bias in fp32, [rows, out]; weight: [out, in], or what is `used` in its place."""
+    if not rows.dtype == weight.dtype == torch.float32 or not is_fast():
+        return times(rows, weight, bias)
+    y = product(rows, weight)
+    return y if bias is None else y.add_(bias)
 
 
 def as_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -174,11 +200,11 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | N
     plain = x.dtype == weight.dtype == torch.float32 and x.ndim >= 2 and weight.ndim == 2
     if not frozen or not plain:
         return None
-    chosen = used(weight)
-    if chosen is weight and (x.numel() < FEWEST * x.shape[-1] or not is_fast()):
+    chosen, rows = used(weight), x.reshape(-1, x.shape[-1])
+    if chosen is weight and not is_fast():
         return None
-    rows: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), chosen)  # pyright: ignore[reportAssignmentType]
-    y = rows.view(*x.shape[:-1], -1)
+    through: Any = _Linear.apply if torch.is_grad_enabled() else product
+    y: Tensor = through(rows, chosen).view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from templora.half import times
-from templora.kernels import FEWEST, as_base, is_fast, product, used
+from templora.kernels import FEWEST, as_base, is_fast, product, rows_through, used
 
 
 class LoraLinear(nn.Module):
@@ -76,7 +76,7 @@ class _LoraLinear(torch.autograd.Function):
         weight, bias, a, b, scale = layer
         rows = _rows(x, up)
         inner = rows @ a.T  # [rows, rank]
-        y = times(rows, weight, bias)
+        y = rows_through(rows, weight, bias)
         y.addmm_(inner, b.T, alpha=scale)
         ctx.save_for_backward(x, up, inner, weight, a, b)
         ctx.scale = scale

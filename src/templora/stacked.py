@@ -17,7 +17,7 @@ from templora.adapter import Adapter
 from templora.errors import UnsupportedModel
 from templora.half import times
 from templora.injection import standing_in
-from templora.kernels import FEWEST, is_fast, product, used
+from templora.kernels import FEWEST, is_fast, product, rows_through, used
 from templora.probe import is_watched
 
 
@@ -147,7 +147,7 @@ class _Stacked(torch.autograd.Function):
     ) -> Tensor:
         inner = torch.bmm(x, a.transpose(1, 2))  # [texts, tokens, rank]
         rows = x.reshape(-1, x.shape[-1])
-        y = times(rows, weight, bias)
+        y = rows_through(rows, weight, bias)
         y.resize_(*x.shape[:-1], y.shape[-1])  # no view, see `lora_linear`
         y.baddbmm_(inner, b.transpose(1, 2), alpha=scale)
         ctx.save_for_backward(x, inner, weight, a, b)
