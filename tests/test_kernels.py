@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.nn import functional
 
 import templora
-from templora import kernels
+from templora import half, kernels
 from templora.events import ChunkScored
+from templora.half import Halves
 from templora.kernels import BLOCK, Fast, product
+from templora.lora_linear import LoraLinear
 from templora.testing import ByteTokenizer, tiny_llama
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
@@ -226,3 +228,19 @@ def test_tokens_of_a_base_of_large_layers_take_them(large: bool, monkeypatch: py
         logits += [session.decoder.logits(session.ids[:stop], span) for stop in (36, 37, 38)]
     for one, other in zip(usual, found, strict=True):
         assert torch.allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_a_layer_that_gets_no_token_gives_none(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an expert to which none is sent."""
+    monkeypatch.setattr(half, "SMALLEST", 1)
+    model: Any = tiny_llama().requires_grad_(False)
+    layer, halves = model.model.layers[0].mlp.up_proj, None if wide else Halves(model)
+    out, width = layer.weight.shape
+    side = LoraLinear(layer, torch.nn.Parameter(rows(8, width)), torch.nn.Parameter(rows(out, 8)), 1.0)
+    x = torch.empty(0, width, requires_grad=True)
+    with Fast(halves, wide=wide):
+        assert (kernels.used(layer.weight) is layer.weight) is wide
+        for y in (layer(x), side(x)):
+            assert y.shape == (0, out)
+            y.sum().backward()

@@ -198,7 +198,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | N
         row = torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
         return row if bias is None else row + bias
     plain = x.dtype == weight.dtype == torch.float32 and x.ndim >= 2 and weight.ndim == 2
-    if not frozen or not plain:
+    if not frozen or not plain or not x.numel():  # an expert may get no token at all
         return None
     chosen, rows = used(weight), x.reshape(-1, x.shape[-1])
     if chosen is weight and not is_fast():
