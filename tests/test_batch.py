@@ -1,8 +1,9 @@
-"""Several texts at once: each gets what it gets alone, whatever happens to the others."""
+"""Several texts in lockstep: each gets what it gets alone, whatever happens to the others."""
 
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ PROMPTS = [TEXT[:300], TEXT[300:321], TEXT[900:1110], "x"]
 SIZES: dict[str, Any] = {"window": 32, "chunk": 16, "context": 32}
 GREEDY = Sampling(temperature=0.0, repetition_penalty=None, top_p=None, dry_multiplier=None)
 ROUNDING = 1e-4
+score_batch = partial(templora.score_batch, lockstep=True)
+write_batch = partial(templora.write_batch, lockstep=True)
 
 
 def alike(batched: Scores, alone: Scores) -> None:
@@ -62,13 +65,13 @@ def test_texts_are_scored_as_each_is_alone(base: Base, changes: dict[str, Any]) 
     sizes = SIZES | changes
     alone = [score(base, document, seed=1, **sizes) for document in DOCUMENTS]
     for size in (1, 2, 6):
-        batched = templora.score_batch(base, DOCUMENTS, size=size, seed=1, **sizes)
+        batched = score_batch(base, DOCUMENTS, size=size, seed=1, **sizes)
         for scores, own in zip(batched, alone, strict=True):
             alike(scores, own)
 
 
 def test_without_the_bases_score_the_guard_keeps_what_it_asks_to_itself(base: Base) -> None:
-    batched = templora.score_batch(base, DOCUMENTS, seed=1, score_base=False, **SIZES)
+    batched = score_batch(base, DOCUMENTS, seed=1, score_base=False, **SIZES)
     for document, scores in zip(DOCUMENTS, batched, strict=True):
         alike(scores, score(base, document, seed=1, score_base=False, **SIZES))
     assert all(c["base_nll"] is None for c in batched[0].chunks)
@@ -88,7 +91,7 @@ def test_every_architecture_is_alike_or_refused(architecture: Architecture) -> N
         return
     texts = [TEXT[:150], TEXT[300:390]]
     try:
-        batched = templora.score_batch(base, texts, seed=1, **sizes)
+        batched = score_batch(base, texts, seed=1, **sizes)
     except UnsupportedModel as error:
         assert "use batch 1" in str(error)  # noqa: PT017
         return
@@ -103,7 +106,7 @@ def written_alone(base: Base, prompt: str, tokens: int, **wishes: Any) -> list[E
 
 def written_together(base: Base, tokens: int, size: int, **wishes: Any) -> list[list[Event]]:
     found: list[list[Event]] = [[] for _ in PROMPTS]
-    for number, event in templora.write_batch(base, PROMPTS, tokens, size=size, seed=3, **SIZES, **wishes):
+    for number, event in write_batch(base, PROMPTS, tokens, size=size, seed=3, **SIZES, **wishes):
         found[number].append(event)
     return found
 
@@ -144,7 +147,7 @@ def test_texts_are_written_as_each_is_alone(base: Base, wishes: dict[str, Any]) 
 
 def test_the_base_is_bare_at_every_event_and_bit_identical_afterwards(base: Base) -> None:
     before, modules = base.fingerprint(), [*base.model.modules()]
-    for _ in templora.write_batch(base, PROMPTS, 20, seed=3, sampling=GREEDY, **SIZES):
+    for _ in write_batch(base, PROMPTS, 20, seed=3, sampling=GREEDY, **SIZES):
         assert [*base.model.modules()] == modules
     assert base.fingerprint() == before
 
@@ -165,9 +168,9 @@ def test_the_guard_skips_one_text_and_the_others_do_not_notice(base: Base) -> No
 def test_a_hook_works_for_several_texts_as_for_one(base: Base) -> None:
     layer: Any = base.model.model.layers[1]  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue]
     texts = [TEXT[:400], TEXT[400:800]]
-    plain = templora.score_batch(base, texts, seed=1, **SIZES)
+    plain = score_batch(base, texts, seed=1, **SIZES)
     handle = layer.self_attn.v_proj.register_forward_hook(lambda _m, _i, output: 1.5 * output)
-    steered = templora.score_batch(base, texts, seed=1, **SIZES)
+    steered = score_batch(base, texts, seed=1, **SIZES)
     for text, own, other in zip(texts, steered, plain, strict=True):
         alike(own, score(base, text, seed=1, **SIZES))
         assert own.adapted.nll != pytest.approx(other.adapted.nll, rel=1e-4)
@@ -175,8 +178,8 @@ def test_a_hook_works_for_several_texts_as_for_one(base: Base) -> None:
 
 
 def test_one_text_does_not_depend_on_another(base: Base) -> None:
-    one = templora.score_batch(base, [TEXT[:400], TEXT[400:800]], seed=1, **SIZES)[0]
-    other = templora.score_batch(base, [TEXT[:400], TEXT[::-1][:800]], seed=1, **SIZES)[0]
+    one = score_batch(base, [TEXT[:400], TEXT[400:800]], seed=1, **SIZES)[0]
+    other = score_batch(base, [TEXT[:400], TEXT[::-1][:800]], seed=1, **SIZES)[0]
     alike(one, other)
 
 
@@ -258,9 +261,9 @@ def test_a_model_whose_logits_are_more_than_its_head_is_refused() -> None:
 
 def test_one_string_is_not_taken_for_its_letters(base: Base) -> None:
     with pytest.raises(InvalidText, match="put it into a list"):
-        templora.score_batch(base, TEXT[:40], **SIZES)
+        score_batch(base, TEXT[:40], **SIZES)
     with pytest.raises(InvalidText, match="put it into a list"):
-        templora.write_batch(base, TEXT[:40], 3, **SIZES)
+        write_batch(base, TEXT[:40], 3, **SIZES)
 
 
 def test_how_to_draw_is_said_as_to_a_session(base: Base) -> None:
@@ -269,14 +272,14 @@ def test_how_to_draw_is_said_as_to_a_session(base: Base) -> None:
     assert [*map(exact, drawn[0])] == [*map(exact, drawn[1])]
     assert [*map(exact, drawn[0])] != [*map(exact, written_together(base, 20, 2))]
     with pytest.raises(InvalidRecipe, match="sampling and temperature were both given"):
-        templora.write_batch(base, PROMPTS, 5, sampling=GREEDY, temperature=0.5)
+        write_batch(base, PROMPTS, 5, sampling=GREEDY, temperature=0.5)
     with pytest.raises(InvalidRecipe, match="unknown recipe key 'temprature'"):
-        templora.write_batch(base, PROMPTS, 5, temprature=0.5)
+        write_batch(base, PROMPTS, 5, temprature=0.5)
 
 
 def test_an_empty_prompt_is_named(base: Base) -> None:
     with pytest.raises(InvalidText, match="prompt 2 is empty"):
-        next(templora.write_batch(base, ["a", ""], 5, **SIZES))
+        next(write_batch(base, ["a", ""], 5, **SIZES))
 
 
 def run(*words: object) -> tuple[int, str, str]:

@@ -64,7 +64,7 @@ class ParallelSession(Session):
         self, base: Base, recipe: str | Path | Recipe = "default", *, seed: int = 0, **overrides: Any
     ) -> None:
         # Two threads cannot swap layers in one model.
-        self._twin = twin_of(base)
+        self._twin = twin_of(base, "leave out parallel")
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="templora")
         self._job: _Job | None = None  # the only one that is not learned yet
         self._news: list[Event] = []  # not yielded yet
@@ -217,11 +217,11 @@ class ParallelSession(Session):
         self._job, self._news = None, []
 
 
-def twin_of(base: Base) -> Base:
+def twin_of(base: Base, cure: str) -> Base:
     """The same base once more: modules of its own, every parameter, buffer and hook shared.
 
     Raises:
-        UnsupportedModel: its modules cannot be copied.
+        UnsupportedModel: its modules cannot be copied; the message ends in that cure.
     """
     model = base.model
     try:
@@ -233,11 +233,9 @@ def twin_of(base: Base) -> Base:
             twin = copy.deepcopy(model, shared)
     except (TypeError, RuntimeError) as error:
         kind = type(model).__name__
-        raise UnsupportedModel(
-            f"{kind} cannot learn while it writes ({error}); leave out parallel"
-        ) from error
+        raise UnsupportedModel(f"{kind} cannot run in two threads ({error}); {cure}") from error
     made = Base(twin, base.tokenizer if base.has_tokenizer else None, base.name)
-    made.halves = base.halves  # of the same weights
+    made.halves, made.start = base.halves, base.start  # of the same weights
     return made
 
 

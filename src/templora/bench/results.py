@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -11,10 +11,14 @@ from templora.errors import OutputError
 
 
 class Results:
-    """Results on disk, one JSON list, written anew after each document so that a stop loses none."""
+    """Results on disk, one JSON list, written anew after each document so that a stop loses none.
 
-    def __init__(self, path: Path | None, *, resume: bool) -> None:
+    order: of the documents whose results are to come, in which they stand whatever comes first.
+    """
+
+    def __init__(self, path: Path | None, *, resume: bool, order: Sequence[str] = ()) -> None:
         self.path, self.resume, self.done = path, resume, list[dict[str, Any]]()
+        self._places = {document: place for place, document in enumerate(order)}
         if path is None:
             return
         if not path.parent.is_dir():
@@ -38,6 +42,7 @@ class Results:
         known = {entry["document"], *(own["document"] for own in self.done)}
         theirs = _entries(self.path) if self.path is not None and self.path.exists() else []
         self.done += [*(other for other in theirs if other["document"] not in known), entry]
+        self.done.sort(key=lambda own: self._places.get(own["document"], -1))
         if self.path is not None:
             put(self.path, json.dumps(self.done, indent=1))
 

@@ -62,7 +62,8 @@ def score(
         if json_ is not None and plot is not None and json_.resolve() == plot.resolve():
             raise OutputError(f"{json_} cannot hold results and a picture; choose two names")
         # What cannot be stored or drawn is said before hours of scoring.
-        results = Results(None if to_screen else json_, resume=resume)
+        files = list(dict.fromkeys(files))  # each once, whether at once with others or after them
+        results = Results(None if to_screen else json_, resume=resume, order=[*map(str, files)])
         if plot is not None:
             from templora.bench.plot import see_drawable
 
@@ -70,7 +71,6 @@ def score(
         made = load_recipe(recipe, set_ or [], {"window": window, "chunk": chunk, "context": context})
         job = Job(load_base(model, dtype, device), made, seed, tokens, skip, base)
         before = len(results.done)
-        files = list(dict.fromkeys(files))  # each once, whether at once with others or after them
         with interruptible() as interrupted:
             if batch > 1:
                 failed = score_together(job, files, results, interrupted, batch)
@@ -224,9 +224,8 @@ def score_all(job: Job, files: list[Path], results: Results, interrupted: list[i
 
 def score_together(job: Job, files: list[Path], results: Results, interrupted: list[int], size: int) -> int:
     """`score_all`, several at once; stopped, it goes on with the documents that were not done."""
-    from templora.batch import Batch
     from templora.bench.result import result
-    from templora.tasks.batch import scoring
+    from templora.tasks.batch import scoring, together
     from templora.tasks.score import Scores
 
     open_: list[tuple[str, Scores, float]] = []
@@ -247,7 +246,7 @@ def score_together(job: Job, files: list[Path], results: Results, interrupted: l
             said.append(job.said_of(ids))
             yield ids
 
-    batch = Batch(job.base, job.recipe, size=min(size, len(files)))
+    batch = together(job.base, job.recipe, size=min(size, len(files)))
     job.say_sizes()
     for text, event in scoring(batch, documents(), seed=job.seed, score_base=job.score_base):
         if interrupted:

@@ -1,33 +1,53 @@
-"""Several texts at once on one base: the loops over a `Batch`, and whom each event is of.
+"""Several texts at once on one base: the loops over a `Batch` or a `Crew`, and whom each event is of.
 
 A text gets what it would get alone, in the same order; only the order among texts is the batch's.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 from templora.base import Base
 from templora.batch import Batch, Text
+from templora.crew import Crew, Member, pays
 from templora.detokenizer import open_ended
 from templora.errors import InvalidText
 from templora.events import End, Event
 from templora.pen import Wishes
 from templora.sampling import Sampling
+from templora.tasks import score as alone
 from templora.tasks.score import Scores
 
 
+def together(
+    base: Base, recipe: Any = "default", *, size: int, lockstep: bool | None = None, **overrides: Any
+) -> Batch | Crew:
+    """What runs up to `size` texts at once, as `score_batch` says of `lockstep`."""
+    kind = Crew if (pays(base) if lockstep is None else not lockstep) else Batch
+    return kind(base, recipe, size=size, **overrides)
+
+
 def scoring(
-    batch: Batch, documents: Iterable[Sequence[int]], *, seed: int = 0, score_base: bool = True
-) -> Iterator[tuple[Text, Event | None]]:
+    batch: Batch | Crew, documents: Iterable[Sequence[int]], *, seed: int = 0, score_base: bool = True
+) -> Iterator[tuple[Text | Member, Event | None]]:
     """`tasks.score.scoring` of many documents: as soon as one is over, the next takes its place.
 
     Args:
         documents: token ids of each; one is asked for when there is room for it.
 
     Yields:
-        Each event with the text it is of; None as the last of a text. `Text.number` counts from 0.
+        Each event with the text it is of; None as the last of a text. Its `number` counts from 0.
     """
+    if isinstance(batch, Crew):
+        loops = (partial(alone.scoring, ids=[*ids], score_base=score_base) for ids in documents)
+        return batch.run(enumerate(loops), seed=seed)
+    return _scoring(batch, documents, seed=seed, score_base=score_base)
+
+
+def _scoring(
+    batch: Batch, documents: Iterable[Sequence[int]], *, seed: int, score_base: bool
+) -> Iterator[tuple[Text, Event | None]]:
     waiting = enumerate(documents)
     while True:
         while len(batch.texts) < batch.size and (following := next(waiting, None)) is not None:
@@ -50,12 +70,15 @@ def score_batch(
     size: int = 8,
     seed: int = 0,
     score_base: bool = True,
+    lockstep: bool | None = None,
     **overrides: Any,
 ) -> list[Scores]:
     """Score several texts, each on a fresh adapter, `size` of them at once.
 
     Args:
         score_base: also score each chunk under the bare base with the same window.
+        lockstep: run one pass for all of them; False: run each in one of torch's threads. None: on a GPU, or
+            where the base is large.
         recipe, seed, overrides: as for `Base.session`.
 
     Returns:
@@ -66,7 +89,7 @@ def score_batch(
     """
     documents = [base.encode(text) for text in _several(texts)]
     scores = [Scores.of(base, ids) for ids in documents]
-    batch = Batch(base, recipe, size=size, **overrides)
+    batch = together(base, recipe, size=size, lockstep=lockstep, **overrides)
     for text, event in scoring(batch, documents, seed=seed, score_base=score_base):
         if event is None:
             text.discard()
@@ -87,6 +110,7 @@ def write_batch(
     stop_at_eos: bool = False,
     score_base: bool = True,
     sampling: Sampling | None = None,
+    lockstep: bool | None = None,
     **wishes: Any,
 ) -> Iterator[tuple[int, Event]]:
     """Continue several prompts, each with a fresh adapter, `size` of them at once.
@@ -95,6 +119,7 @@ def write_batch(
         tokens: how many to write of each at most.
         stop, stop_at_eos, score_base, sampling: as for `Session.write`.
         recipe, seed: as for `Base.session`.
+        lockstep: as for `score_batch`.
         wishes: fields of `Sampling`, as for `Session.write`, and recipe keys, as for `Base.session`.
 
     Yields:
@@ -107,7 +132,8 @@ def write_batch(
     drawn = {name: wishes.pop(name) for name in [field.name for field in fields(Sampling)] if name in wishes}
     draw = Sampling.chosen(sampling, base.model.generation_config, drawn)
     wished = Wishes(tokens, draw, None, stop, stop_at_eos, score_base)
-    return _numbered(Batch(base, recipe, size=size, **wishes), _several(prompts), wished, seed)
+    batch = together(base, recipe, size=size, lockstep=lockstep, **wishes)
+    return _numbered(batch, _several(prompts), wished, seed)
 
 
 def _several(texts: Iterable[str]) -> list[str]:
@@ -116,7 +142,9 @@ def _several(texts: Iterable[str]) -> list[str]:
     return list(texts)
 
 
-def _numbered(batch: Batch, prompts: Sequence[str], wishes: Wishes, seed: int) -> Iterator[tuple[int, Event]]:
+def _numbered(
+    batch: Batch | Crew, prompts: Sequence[str], wishes: Wishes, seed: int
+) -> Iterator[tuple[int, Event]]:
     for text, event in writing(batch, prompts, wishes, seed=seed):
         yield text.number, event
         if isinstance(event, End):
@@ -124,11 +152,11 @@ def _numbered(batch: Batch, prompts: Sequence[str], wishes: Wishes, seed: int) -
 
 
 def writing(
-    batch: Batch, prompts: Sequence[str], wishes: Wishes, *, seed: int = 0
-) -> Iterator[tuple[Text, Event]]:
+    batch: Batch | Crew, prompts: Sequence[str], wishes: Wishes, *, seed: int = 0
+) -> Iterator[tuple[Text | Member, Event]]:
     """Read each prompt and write on, as `Session.reading` and `Session.write` do, `batch.size` at once.
 
-    Prompts of like length run together.
+    The longest come first, so that in lockstep prompts of like length run together.
 
     Yields:
         Each event with the text it is of; the last of a text is its `End`.
@@ -137,12 +165,24 @@ def writing(
         raise InvalidText(f"prompt {[*map(bool, prompts)].index(False) + 1} is empty; give it some text")
     ids = [open_ended(batch.base, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda number: -len(ids[number]))
+    if isinstance(batch, Crew):
+        loops = ((n, partial(_alone, ids=ids[n], prompt=prompts[n], wishes=wishes)) for n in order)
+        for text, event in batch.run(loops, seed=seed):
+            if event is not None:
+                yield text, event
+        return
     for start in range(0, len(order), batch.size):
         group = [
             batch.text(ids[n], prompts[n], seed=seed, number=n) for n in order[start : start + batch.size]
         ]
         yield from reading(batch, group, score_base=wishes.score_base)
         yield from going_on(batch, wishes)
+
+
+def _alone(text: Member, ids: Sequence[int], prompt: str, wishes: Wishes) -> Iterator[Event]:
+    text.extend(ids, prompt)
+    yield from text.learning(score_base=wishes.score_base)
+    yield from text.write(**{field.name: getattr(wishes, field.name) for field in fields(wishes)})
 
 
 def reading(batch: Batch, group: Sequence[Text], *, score_base: bool) -> Iterator[tuple[Text, Event]]:

@@ -1,0 +1,162 @@
+"""Several texts at once on a CPU: a thread for each, in which it does what it would do alone.
+
+What a pass of a small base computes is too little for several cores to share, but one text keeps a core busy.
+Each thread has modules of its own over the same weights, so that none waits for another's turn on them; how
+a batch runs elsewhere says `batch`. A text's events come in its own order, those of several as they happen.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from queue import Empty, Full, Queue, SimpleQueue
+from typing import Any
+
+import torch
+
+from templora.base import Base
+from templora.errors import InvalidRecipe
+from templora.events import Event
+from templora.half import LARGE
+from templora.parallel import twin_of
+from templora.recipe import Recipe
+from templora.recipe import load as load_recipe
+from templora.session import Session
+
+AHEAD = 2  # events of each thread that nobody has asked for yet; then it waits
+PATIENCE = 0.2  # seconds after which who waits looks whether there is still somebody to wait for
+
+
+class Member(Session):
+    """A session in a crew. number: whose text it is, for whoever made the crew."""
+
+    def __init__(self, base: Base, recipe: Recipe, seed: int, number: int) -> None:
+        super().__init__(base, recipe, seed=seed)
+        self.number = number
+
+
+Loop = Callable[[Member], Iterator[Event]]
+
+
+def pays(base: Base) -> bool:
+    """Whether texts that run on their own are faster than in lockstep: by what base it is, never by a clock.
+
+    A large base's weights are better read once for all of them, and a GPU runs one pass at a time.
+    """
+    size = sum(weight.numel() for weight in base.model.parameters())
+    return base.device.type == "cpu" and size < LARGE
+
+
+class Crew:
+    """Up to `size` texts at once on one base, by one recipe, on as many of torch's threads as there are.
+
+    Raises:
+        InvalidRecipe: this recipe must run its texts one at a time.
+    """
+
+    def __init__(
+        self, base: Base, recipe: str | Path | Recipe = "default", *, size: int, **overrides: Any
+    ) -> None:
+        self.base, self.size = base, size
+        self.recipe = load_recipe(recipe, overrides)
+        if size < 1:
+            raise InvalidRecipe(f"a batch of {size} holds no text; say 1 or more")
+        if self.recipe.dropout:  # drawn from torch's random state, of which there is one
+            raise InvalidRecipe(
+                f"dropout {self.recipe.dropout} cannot run several texts at once; set dropout=0, or batch 1"
+            )
+
+    def run(
+        self, loops: Iterable[tuple[int, Loop]], *, seed: int = 0
+    ) -> Iterator[tuple[Member, Event | None]]:
+        """Run a loop over a fresh session for each number, the next as soon as a thread is free.
+
+        While it runs, torch has as many threads less for each of them.
+
+        Args:
+            loops: the next is asked for when a thread is free.
+
+        Yields:
+            Each event with the text it is of; None as the last of a text, which then is the caller's.
+        """
+        threads, waiting = torch.get_num_threads(), iter(loops)
+        most = min(self.size, threads)
+        work = _Work(self.base, self.recipe, seed, max(1, threads // most), most)
+        workers, running = list[threading.Thread](), 0
+        try:
+            while True:
+                while running < most and (loop := next(waiting, None)) is not None:
+                    work.waiting.put(loop)
+                    running += 1
+                    if running > len(workers):
+                        workers.append(threading.Thread(target=work.go, name="templora"))
+                        workers[-1].start()
+                if not running:
+                    return
+                work.caller = threading.current_thread()
+                text, event = work.news.get()
+                if isinstance(event, BaseException):
+                    raise event
+                assert text is not None
+                running -= event is None
+                yield text, event
+        finally:
+            work.left.set()
+            for worker in workers:
+                work.waiting.put(None)
+            for worker in workers:
+                worker.join()
+            torch.set_num_threads(threads)
+
+
+class _Left(Exception):
+    """Nobody listens any more."""
+
+
+class _Work:
+    """What the threads of a crew share. caller: the thread that asks for events; left: whether it has."""
+
+    def __init__(self, base: Base, recipe: Recipe, seed: int, threads: int, workers: int) -> None:
+        self._base, self._recipe, self._seed, self._threads = base, recipe, seed, threads
+        self.waiting: SimpleQueue[tuple[int, Loop] | None] = SimpleQueue()
+        self.news: Queue[tuple[Member | None, Event | BaseException | None]] = Queue(AHEAD * workers)
+        self.left, self.caller = threading.Event(), threading.current_thread()
+
+    def go(self) -> None:
+        """In a worker's thread, until there is no loop left."""
+        try:
+            # Before the modules are made: how they write a token depends on it.
+            torch.set_num_threads(self._threads)
+            base = twin_of(self._base, "use batch 1")
+            while (loop := self._next()) is not None:
+                number, events = loop
+                text = Member(base, self._recipe, self._seed, number)
+                for event in events(text):
+                    self._tell(text, event)
+                self._tell(text, None)
+        except _Left:
+            pass
+        except BaseException as error:  # raised where the caller is
+            with suppress(_Left):
+                self._tell(None, error)
+
+    def _next(self) -> tuple[int, Loop] | None:
+        while True:
+            try:
+                return self.waiting.get(timeout=PATIENCE)
+            except Empty:
+                self._look()
+
+    def _tell(self, text: Member | None, event: Event | BaseException | None) -> None:
+        while True:
+            self._look()
+            try:
+                return self.news.put((text, event), timeout=PATIENCE)
+            except Full:
+                pass
+
+    def _look(self) -> None:
+        """Whether somebody listens; nobody does where the program ends with the caller's loop still open."""
+        ended = not threading.main_thread().is_alive() and not self.caller.is_alive()
+        if self.left.is_set() or ended:
+            raise _Left
