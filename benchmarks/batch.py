@@ -1,23 +1,44 @@
 """Several texts at once on one base against one after another: score and write, by how many there are.
 
-Recipe `default`, as a user gets it. Both sides must come to the same NLL.
+Recipe `default`, as a user gets it; written texts have a window to read first. At once is either a thread for
+each, as a CPU runs a small base, or one pass for all. All sides must come to the same NLL.
 """
 
 import time
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from benchmarks import shapes
-from benchmarks.measure import GREEDY, Column, Spread, in_child, parse, parser, ratio, save_table
+from benchmarks.measure import (
+    GREEDY,
+    Column,
+    Spread,
+    cases,
+    in_child,
+    parse,
+    parser,
+    peak_mb,
+    ratio,
+    save_table,
+    sizes,
+)
 from benchmarks.willing import willing
+from templora.base import Base
 from templora.batch import Batch
-from templora.events import ChunkScored
+from templora.crew import Crew
+from templora.events import ChunkScored, Event
 from templora.half import native
 from templora.pen import Wishes
+from templora.session import Session
 from templora.tasks import batch as together
 from templora.tasks.score import scoring
 
 SAME = 1e-3 if native() else 1e-4  # bf16 products of other sizes round otherwise
+OTHERS = ("threads", "lockstep")
 STEP = 16  # tokens by which one text is further than the last
+
+Sizes = dict[str, int]
 
 
 def documents(shape: str, texts: int, tokens: int) -> list[list[int]]:
@@ -26,56 +47,68 @@ def documents(shape: str, texts: int, tokens: int) -> list[list[int]]:
     return [ids[STEP * n : STEP * n + 1 + tokens] for n in range(texts)]
 
 
-def sum_of(events: Any) -> float:
-    """Summed NLL of the chunks that were scored, in nats."""
-    return sum(event.adapted_nll for event in events if isinstance(event, ChunkScored))
-
-
-def alone(task: str, shape: str, texts: int, tokens: int, sizes: dict[str, int]) -> tuple[float, float]:
-    """Seconds of one after another, and summed NLL in nats."""
-    base, spent, nll = shapes.base(shape), 0.0, 0.0
-    for ids in documents(shape, texts, tokens):
-        session = base.session("default", seed=1, **sizes)
-        if task == "write":
-            willing(session).extend(ids, "")
-            for _ in session.learning(score_base=True):
-                pass
-        started = time.perf_counter()
-        events = scoring(session, ids) if task == "score" else session.write(tokens, sampling=GREEDY)
-        nll += sum_of(events)
-        spent += time.perf_counter() - started
-        session.discard()
-    return spent, nll
-
-
-def batched(task: str, shape: str, texts: int, tokens: int, sizes: dict[str, int]) -> tuple[float, float]:
-    """The same, of all of them at once."""
-    batch, ids = Batch(shapes.base(shape), size=texts, **sizes), documents(shape, texts, tokens)
+def loop(task: str, text: Session, ids: list[int], tokens: int) -> Iterator[Event]:
+    """All that is done with one text: scored, or its window read and written on."""
     if task == "score":
-        started = time.perf_counter()
-        nll = sum_of(event for _, event in together.scoring(batch, ids, seed=1))
-        return time.perf_counter() - started, nll
-    group = [willing(batch.text(own, seed=1, number=number)) for number, own in enumerate(ids)]
-    for _ in together.reading(batch, group, score_base=True):
-        pass
+        yield from scoring(text, ids)
+        return
+    willing(text).extend(ids, "")
+    yield from text.learning(score_base=True)
+    yield from text.write(tokens, sampling=GREEDY)
+
+
+def alone(task: str, base: Base, documents: list[list[int]], tokens: int, sizes: Sizes) -> Iterator[Event]:
+    """One after another."""
+    for ids in documents:
+        session = base.session("default", seed=1, **sizes)
+        yield from loop(task, session, ids, tokens)
+        session.discard()
+
+
+def threads(task: str, base: Base, documents: list[list[int]], tokens: int, sizes: Sizes) -> Iterator[Event]:
+    """A thread for each."""
+    crew = Crew(base, size=len(documents), **sizes)
+    loops = (partial(loop, task, ids=ids, tokens=tokens) for ids in documents)
+    return (event for _, event in crew.run(enumerate(loops), seed=1) if event is not None)
+
+
+def lockstep(task: str, base: Base, documents: list[list[int]], tokens: int, sizes: Sizes) -> Iterator[Event]:
+    """One pass for all."""
+    batch = Batch(base, size=len(documents), **sizes)
+    if task == "score":
+        yield from (event for _, event in together.scoring(batch, documents, seed=1) if event is not None)
+        return
+    group = [willing(batch.text(own, seed=1, number=number)) for number, own in enumerate(documents)]
+    yield from (event for _, event in together.reading(batch, group, score_base=True))
+    yield from (event for _, event in together.going_on(batch, Wishes(tokens, GREEDY)))
+
+
+SIDES = {"alone": alone, "threads": threads, "lockstep": lockstep}
+
+
+def timed(
+    side: str, task: str, shape: str, texts: int, tokens: int, sizes: Sizes
+) -> tuple[float, float, float]:
+    """Seconds, NLL of all in nats, and peak memory in MB."""
+    base, length = shapes.base(shape), tokens if task == "score" else sizes["window"]
+    own = documents(shape, texts, length)
     started = time.perf_counter()
-    nll = sum_of(event for _, event in together.going_on(batch, Wishes(tokens, GREEDY)))
-    return time.perf_counter() - started, nll
+    events = SIDES[side](task, base, own, tokens, sizes)
+    nll = sum(event.adapted_nll for event in events if isinstance(event, ChunkScored))
+    return time.perf_counter() - started, nll, peak_mb()
 
 
-def measure(
-    task: str, shape: str, texts: int, tokens: int, sizes: dict[str, int], rounds: int
-) -> dict[str, Any]:
+def measure(task: str, shape: str, texts: int, tokens: int, sizes: Sizes, rounds: int) -> dict[str, Any]:
     """One task at one size."""
-    seconds: dict[str, list[float]] = {"alone": [], "batched": []}
-    nll: dict[str, float] = {}
+    made = {side: list[tuple[float, float, float]]() for side in SIDES}
     for _ in range(rounds):
-        for side, run in (("alone", alone), ("batched", batched)):
-            taken, nll[side] = in_child(run, task, shape, texts, tokens, sizes)
-            seconds[side].append(taken)
-    apart = nll["batched"] / nll["alone"] - 1
+        for side, runs in made.items():
+            runs.append(in_child(timed, side, task, shape, texts, tokens, sizes))
+    seconds, nll, peak = ({s: [run[i] for run in runs] for s, runs in made.items()} for i in range(3))
+    apart = {side: nll[side][0] / nll["alone"][0] - 1 for side in OTHERS}
     # What is written is not given: where two words are equally likely, rounding may choose another text.
-    assert abs(apart) < (SAME if task == "score" else 0.05), f"NLLs are {apart:+.4%} apart"
+    most = SAME if task == "score" else 0.05
+    assert all(abs(own) < most for own in apart.values()), f"NLLs are {apart} apart"
     return {
         "task": task,
         "shape": shape,
@@ -83,25 +116,28 @@ def measure(
         "tokens": tokens,
         **sizes,
         "seconds": seconds,
+        "peak_mb": {side: max(peaks) for side, peaks in peak.items()},
         "apart": apart,
-        "faster": ratio(seconds["alone"], seconds["batched"]),
+        "faster": {side: ratio(seconds["alone"], seconds[side]) for side in OTHERS},
     }
 
 
 def main() -> None:
     """Measure and save."""
     arguments = parser(__doc__ or "", rounds=3)
+    sizes(arguments, ["novelist"], [256, 1024], [64], shapes.NAMES)
     arguments.add_argument("--tokens", type=int, default=1024, help="scored or written of each text")
     arguments.add_argument("--texts", type=int, nargs="+", default=[1, 2, 4, 8])
-    arguments.add_argument("--windows", type=int, nargs="+", default=[256, 1024])
     wishes = parse(arguments)
-    shape, tokens, counts, windows, chunk = "novelist", wishes.tokens, wishes.texts, wishes.windows, 64
+    wanted, tokens, counts = cases(wishes), wishes.tokens, wishes.texts
     if wishes.toy:
-        shape, tokens, counts, windows, chunk = "toy", 64, [1, 3], [32], 16
+        wanted, tokens, counts = [("toy", 32, 16)], 64, [1, 3]
     results = [
-        measure(task, shape, texts, tokens, {"window": w, "context": w, "chunk": chunk}, wishes.rounds)
+        measure(
+            task, shape, texts, tokens, {"window": window, "context": window, "chunk": chunk}, wishes.rounds
+        )
+        for shape, window, chunk in wanted
         for task in ("score", "write")
-        for w in windows
         for texts in counts
     ]
     columns: dict[str, Column] = {
@@ -110,9 +146,10 @@ def main() -> None:
         "window": lambda r: str(r["window"]),
         "texts": lambda r: str(r["texts"]),
         "one by one, tokens/s": lambda r: rate(r, "alone"),
-        "at once, tokens/s": lambda r: rate(r, "batched"),
-        "faster": lambda r: f"**{r['faster'].text(' ×')}**",
-        "NLL": lambda r: f"{100 * r['apart']:+.4f} %",
+        "a thread for each": lambda r: f"**{r['faster']['threads'].text(' ×')}**",
+        "in lockstep": lambda r: f"**{r['faster']['lockstep'].text(' ×')}**",
+        "NLL of these": lambda r: ", ".join(f"{100 * r['apart'][side]:+.4f} %" for side in OTHERS),
+        "MB of all three": lambda r: ", ".join(f"{peak:.0f}" for peak in r["peak_mb"].values()),
     }
     save_table(wishes.out, "batch", results, columns)
 

@@ -12,7 +12,7 @@ FLOORS = {
     "adapter magnitude layer_rates start passes template filtering compiled compiled_step dry "
     "savepoint learner guard study decoder rotary detokenizer sampling memory sizes kernels step pen stacked "
     "rows graph_step cuda_graph cache_layers row_passes turns identity half",
-    2: "session batch parallel durable replay snapshot store shelf header history journal versions lock "
+    2: "session batch parallel crew durable replay snapshot store shelf header history journal versions lock "
     "migrations",
     3: "tasks formats hook",
     4: "report text_file bench",

@@ -102,7 +102,7 @@ class Crew:
                 yield text, event
         finally:
             work.left.set()
-            for worker in workers:
+            for _ in workers:
                 work.waiting.put(None)
             for worker in workers:
                 worker.join()
@@ -142,10 +142,11 @@ class _Work:
 
     def _next(self) -> tuple[int, Loop] | None:
         while True:
+            self._look()
             try:
                 return self.waiting.get(timeout=PATIENCE)
             except Empty:
-                self._look()
+                pass
 
     def _tell(self, text: Member | None, event: Event | BaseException | None) -> None:
         while True:

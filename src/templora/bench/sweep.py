@@ -16,6 +16,7 @@ from templora.base import Base
 from templora.bench.tables import table
 from templora.errors import InvalidRecipe, InvalidText
 from templora.recipe import fitted, load, refuse_unknown
+from templora.tasks.batch import score_batch
 from templora.tasks.score import Scores, score
 
 
@@ -80,8 +81,8 @@ def read(path: Path) -> Sweep:
     return Sweep(recipe, tokens, seed, cast(dict[str, Any], common), runs)
 
 
-def run(base: Base, sweep: Sweep, texts: Sequence[tuple[str, str]]) -> Iterator[Outcome]:
-    """Run after run; yields each as it ends. texts: (name, text), where names may be alike.
+def run(base: Base, sweep: Sweep, texts: Sequence[tuple[str, str]], *, batch: int = 1) -> Iterator[Outcome]:
+    """Run after run; yields each as it ends. texts: (name, text), where names may be alike; `batch` at once.
 
     Raises:
         InvalidRecipe, WindowTooLarge, InvalidText: before the first run, a run or a text that cannot work.
@@ -93,14 +94,17 @@ def run(base: Base, sweep: Sweep, texts: Sequence[tuple[str, str]]) -> Iterator[
         if len(base.prefix_ids) + len(base.encode(text)[: sweep.tokens]) < 2:
             raise InvalidText(f"{name} is too short: no token of it is scored; leave it out")
     for keys in sweep.runs:
-        scores = [_score(base, sweep, keys, text) for _, text in texts]
+        scores = _scores(base, sweep, keys, [text for _, text in texts], batch)
         changes = [s.change for s in scores if s.change is not None]
         yield Outcome(keys, changes, sum(s.learn_seconds for s in scores))
 
 
-def _score(base: Base, sweep: Sweep, keys: dict[str, Any], text: str) -> Scores:
+def _scores(base: Base, sweep: Sweep, keys: dict[str, Any], texts: Sequence[str], batch: int) -> list[Scores]:
     recipe, wishes = sweep.recipe_of(keys)
-    return score(base, text, recipe, tokens=sweep.tokens, seed=sweep.seed, **wishes)
+    wishes |= {"recipe": recipe, "tokens": sweep.tokens, "seed": sweep.seed}
+    if batch > 1:
+        return score_batch(base, texts, size=batch, **wishes)
+    return [score(base, text, **wishes) for text in texts]
 
 
 def markdown(outcomes: list[Outcome]) -> str:

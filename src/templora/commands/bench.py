@@ -10,7 +10,7 @@ import typer
 
 from templora.bench.results import Results, put
 from templora.commands.inputs import load_base, load_recipe, text_of, translation_sizes
-from templora.commands.options import Model, RecipeName
+from templora.commands.options import Batch, Model, RecipeName
 from templora.commands.running import make_folder, one_line_errors, say
 from templora.commands.score import Job, score_all
 from templora.errors import InvalidText, OutputError
@@ -33,6 +33,7 @@ def pg19(
     cost_tokens: Annotated[int, typer.Option(min=0, help="Tokens for the cost table; 0: none.")] = 0,
     cost_written: Annotated[int, typer.Option(min=1, help="Tokens written for it.")] = 512,
     cost_rounds: Annotated[int, typer.Option(min=1, help="How often each is timed.")] = 3,
+    batch: Batch = 1,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Perplexity by position and by length, and the cost of a window (resumes where it was stopped)."""
@@ -50,13 +51,13 @@ def pg19(
                 wishes |= {"chunk": chunk, "dropout": 0.0}
             recipes[name] = recipe_of(name, wishes)
         _folder(out)
-        stores = _stores(out, recipes)
+        stores = _stores(out, recipes, files)
         pages: list[str] = []
         groups: dict[str, list[dict[str, Any]]] = {}
         failed = 0
         for name in recipes:
             job = Job(load_base(model, None, None), recipes[name], seed, tokens, 0, True)
-            failed += score_all(job, files, stores[name], [])
+            failed += score_all(job, files, stores[name], [], batch)
             groups[Path(name).stem] = done = _of_these(files, stores[name])
             seconds = sum(entry["learn_seconds"] for entry in done)
             pages += [f"## {name}", bench.tables(done), bench.quarters(done)]
@@ -125,6 +126,7 @@ def sweep(
     texts: Annotated[list[Path], typer.Argument(help="Texts; .jsonl files hold one {title, text} a line.")],
     out: Annotated[Path, typer.Option(help="A Markdown file for the table.")],
     model: Model = "novelist",
+    batch: Batch = 1,
 ) -> None:
     """Compare recipes on the same texts."""
     from templora.bench import sweep as bench
@@ -134,7 +136,7 @@ def sweep(
         loaded = [pair for path in texts for pair in _texts(path)]
         _new_file(out)
         outcomes: list[bench.Outcome] = []
-        for outcome in bench.run(load_base(model, None, None), plan, loaded):
+        for outcome in bench.run(load_base(model, None, None), plan, loaded, batch=batch):
             outcomes.append(outcome)
             say(f"{outcome.keys or 'as it is'}: {100 * outcome.mean:+.2f} %, {outcome.learn_seconds:.0f} s")
             _put_pages(out, [bench.markdown(outcomes)])
@@ -149,8 +151,8 @@ def _books(folder: Path) -> list[Path]:
     return files
 
 
-def _stores(out: Path, recipes: Iterable[str]) -> dict[str, Results]:
-    """Each recipe's results, which may be there already.
+def _stores(out: Path, recipes: Iterable[str], files: Iterable[Path]) -> dict[str, Results]:
+    """Each recipe's results of those books, which may be there already.
 
     Raises:
         OutputError: two recipes would share theirs, or what is there is something else.
@@ -160,7 +162,7 @@ def _stores(out: Path, recipes: Iterable[str]) -> dict[str, Results]:
         path = out / f"{Path(name).stem}.json"
         if other := next((other for other, store in stores.items() if store.path == path), None):
             raise OutputError(f"the results of {other} and {name} would both be {path}; rename one of them")
-        stores[name] = Results(path, resume=True)
+        stores[name] = Results(path, resume=True, order=[*map(str, files)])
     return stores
 
 

@@ -11,5 +11,6 @@ Window = Annotated[int | None, typer.Option(help="Tokens visible before a chunk;
 Context = Annotated[
     int | None, typer.Option(help="Tokens visible while a chunk is learned; else as the window.")
 ]
+Batch = Annotated[int, typer.Option(min=1, help="How many texts at once, each with its adapter.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or 4bit.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, …")]

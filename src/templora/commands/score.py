@@ -12,7 +12,7 @@ import typer
 from templora.bench.checkpoint import Checkpoint, digest
 from templora.bench.results import Results
 from templora.commands.inputs import load_base, load_recipe, text_of
-from templora.commands.options import Context, Device, Dtype, Model, Pairs, RecipeName, Window
+from templora.commands.options import Batch, Context, Device, Dtype, Model, Pairs, RecipeName, Window
 from templora.commands.running import INTERRUPTED, interruptible, one_line_errors, say
 from templora.errors import InvalidText, OutputError, TemploraError
 from templora.events import ChunkScored
@@ -50,7 +50,7 @@ def score(
     json_: Annotated[Path | None, typer.Option("--json", help="For results; - is the screen.")] = None,
     plot: Annotated[Path | None, typer.Option(help="A picture: perplexity by position.")] = None,
     resume: Annotated[bool, typer.Option(help="Keep what --json holds; do the rest.")] = False,
-    batch: Annotated[int, typer.Option(min=1, help="How many texts at once, each with its adapter.")] = 1,
+    batch: Batch = 1,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
@@ -72,10 +72,7 @@ def score(
         job = Job(load_base(model, dtype, device), made, seed, tokens, skip, base)
         before = len(results.done)
         with interruptible() as interrupted:
-            if batch > 1:
-                failed = score_together(job, files, results, interrupted, batch)
-            else:
-                failed = score_all(job, files, results, interrupted)
+            failed = score_all(job, files, results, interrupted, batch)
         if results.path and len(results.done) == before and not (failed or interrupted):
             say(f"all of these were scored before; their results are in {results.path}")
         if to_screen:
@@ -201,8 +198,10 @@ class Job:
             session.discard()
 
 
-def score_all(job: Job, files: list[Path], results: Results, interrupted: list[int]) -> int:
-    """Score each file that is not done; returns how many could not be."""
+def score_all(job: Job, files: list[Path], results: Results, interrupted: list[int], size: int) -> int:
+    """Score each file that is not done, `size` at once; returns how many could not be."""
+    if size > 1:
+        return _score_together(job, files, results, interrupted, size)
     failed, checkpoint = 0, Checkpoint(results.path, resume=results.resume)
     job.say_sizes()
     for file in files:
@@ -222,8 +221,8 @@ def score_all(job: Job, files: list[Path], results: Results, interrupted: list[i
     return failed
 
 
-def score_together(job: Job, files: list[Path], results: Results, interrupted: list[int], size: int) -> int:
-    """`score_all`, several at once; stopped, it goes on with the documents that were not done."""
+def _score_together(job: Job, files: list[Path], results: Results, interrupted: list[int], size: int) -> int:
+    """Stopped, it goes on with the documents that were not done."""
     from templora.bench.result import result
     from templora.tasks.batch import scoring, together
     from templora.tasks.score import Scores

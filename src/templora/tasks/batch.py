@@ -69,6 +69,8 @@ def score_batch(
     *,
     size: int = 8,
     seed: int = 0,
+    tokens: int | None = None,
+    skip: int = 0,
     score_base: bool = True,
     lockstep: bool | None = None,
     **overrides: Any,
@@ -76,6 +78,7 @@ def score_batch(
     """Score several texts, each on a fresh adapter, `size` of them at once.
 
     Args:
+        tokens, skip: score that many tokens of each after skipping so many; all by default.
         score_base: also score each chunk under the bare base with the same window.
         lockstep: run one pass for all of them; False: run each in one of torch's threads. None: on a GPU, or
             where the base is large.
@@ -86,8 +89,9 @@ def score_batch(
 
     Raises:
         InvalidRecipe, UnsupportedModel: this recipe or base must run its texts one at a time.
+        InvalidText: a number below 0, or one string was given in place of several.
     """
-    documents = [base.encode(text) for text in _several(texts)]
+    documents = [alone.part_of(base.encode(text), tokens, skip) for text in _several(texts)]
     scores = [Scores.of(base, ids) for ids in documents]
     batch = together(base, recipe, size=size, lockstep=lockstep, **overrides)
     for text, event in scoring(batch, documents, seed=seed, score_base=score_base):

@@ -114,6 +114,17 @@ def scoring(session: Session, ids: list[int], *, score_base: bool = True) -> Ite
     yield from session.score_rest(score_base=score_base)
 
 
+def part_of(ids: list[int], tokens: int | None, skip: int) -> list[int]:
+    """So many of them, all by default, after skipping so many.
+
+    Raises:
+        InvalidText: a number below 0.
+    """
+    if skip < 0 or (tokens is not None and tokens < 0):
+        raise InvalidText(f"cannot score {tokens} tokens after the first {skip}; give numbers of 0 or more")
+    return ids[skip : None if tokens is None else skip + tokens]
+
+
 def score(
     base: Base,
     text: str,
@@ -137,10 +148,8 @@ def score(
     Raises:
         InvalidText: a number below 0.
     """
-    if skip < 0 or (tokens is not None and tokens < 0):
-        raise InvalidText(f"cannot score {tokens} tokens after the first {skip}; give numbers of 0 or more")
     session = base.session(recipe, seed=seed, **overrides)
-    ids = base.encode(text)[skip : None if tokens is None else skip + tokens]
+    ids = part_of(base.encode(text), tokens, skip)
     scores = Scores.of(base, ids)
     try:
         for event in scoring(session, ids, score_base=score_base):
