@@ -60,6 +60,15 @@ def test_tables_results_and_a_plot_are_written(folder: Path, here: Path) -> None
     assert len(json.loads(Path("out/paper.json").read_text("utf-8"))) == 2
 
 
+def test_several_books_at_once_come_to_the_same(folder: Path, here: Path) -> None:
+    words = ["--tokens", "60", "--recipe", "default"]
+    assert pg19("books", folder, *words).exit_code == 0
+    page = Path("out/tables.md").read_text("utf-8").split("Learning took")[0]
+    Path("out").rename("alone")
+    assert pg19("books", folder, *words, "--batch", "2").exit_code == 0
+    assert Path("out/tables.md").read_text("utf-8").split("Learning took")[0] == page
+
+
 def test_tables_are_of_the_books_that_are_there(folder: Path, here: Path) -> None:
     words = ["--tokens", "40", "--recipe", "paper", "--recipe", "default", "--chunk", "32"]
     assert pg19("books", folder, *words).exit_code == 0

@@ -277,7 +277,9 @@ def test_a_sweep_runs_every_combination_and_puts_the_best_on_top(base: Base, tmp
     )
     plan = sweep.read(config)
     assert plan.runs == [{"learning_rate": 0}, {"learning_rate": 0.01}, {}]
-    outcomes = list(sweep.run(base, plan, [("one", TEXT[:300]), ("two", TEXT[300:600])]))
+    texts = [("one", TEXT[:300]), ("two", TEXT[300:600])]
+    outcomes = list(sweep.run(base, plan, texts))
+    assert [o.changes for o in sweep.run(base, plan, texts, batch=2)] == [o.changes for o in outcomes]
     assert outcomes[0].changes == [0.0, 0.0]
     lines = sweep.markdown(outcomes).splitlines()[2:]
     means = [float(line.split("|")[2].strip().removesuffix(" %")) for line in lines]

@@ -45,6 +45,13 @@ def test_texts_of_the_same_name_are_all_scored(folder: Path, here: Path) -> None
     assert Path("new/table.md").read_bytes() == before
 
 
+def test_a_run_that_cannot_run_so_is_refused_before_the_first(folder: Path, here: Path) -> None:
+    Path("plan.yaml").write_text(f"{PLAN}  - {{dropout: 0.1}}\n", "utf-8")
+    words = ["plan.yaml", "k.txt", "--out", "table.md", "--model", folder]
+    assert "set dropout=0, or batch 1" in refusal(sweep(*words, "--batch", "2"))
+    assert sweep(*words).exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("out", "reason"),
     [

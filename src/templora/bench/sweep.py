@@ -16,7 +16,7 @@ from templora.base import Base
 from templora.bench.tables import table
 from templora.errors import InvalidRecipe, InvalidText
 from templora.recipe import fitted, load, refuse_unknown
-from templora.tasks.batch import score_batch
+from templora.tasks.batch import score_batch, together
 from templora.tasks.score import Scores, score
 
 
@@ -85,10 +85,13 @@ def run(base: Base, sweep: Sweep, texts: Sequence[tuple[str, str]], *, batch: in
     """Run after run; yields each as it ends. texts: (name, text), where names may be alike; `batch` at once.
 
     Raises:
-        InvalidRecipe, WindowTooLarge, InvalidText: before the first run, a run or a text that cannot work.
+        InvalidRecipe, WindowTooLarge, UnsupportedModel, InvalidText: before the first run, a run or a text
+            that cannot work.
     """
     for keys in sweep.runs:
-        fitted(load(*sweep.recipe_of(keys)), base.positions)
+        _, recipe = fitted(load(*sweep.recipe_of(keys)), base.positions)
+        if batch > 1:
+            together(base, recipe, size=batch)
     for name, text in texts:
         # As `score` counts: the first token of all has none before it, and is not scored.
         if len(base.prefix_ids) + len(base.encode(text)[: sweep.tokens]) < 2:

@@ -41,6 +41,7 @@ def pg19(
     from templora.bench.cost import cost_table, costs
     from templora.bench.plot import plot_by_position, plot_costs
     from templora.recipe import load as recipe_of
+    from templora.tasks.batch import together
 
     with one_line_errors():
         files = _books(folder)
@@ -52,11 +53,15 @@ def pg19(
             recipes[name] = recipe_of(name, wishes)
         _folder(out)
         stores = _stores(out, recipes, files)
+        base = load_base(model, None, None)
+        if batch > 1:  # what cannot run so is refused before hours of scoring
+            for each in recipes.values():
+                together(base, each, size=batch)
         pages: list[str] = []
         groups: dict[str, list[dict[str, Any]]] = {}
         failed = 0
         for name in recipes:
-            job = Job(load_base(model, None, None), recipes[name], seed, tokens, 0, True)
+            job = Job(base, recipes[name], seed, tokens, 0, True)
             failed += score_all(job, files, stores[name], [], batch)
             groups[Path(name).stem] = done = _of_these(files, stores[name])
             seconds = sum(entry["learn_seconds"] for entry in done)
