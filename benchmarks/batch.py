@@ -5,7 +5,7 @@ each, as a CPU runs a small base, or one pass for all. All sides must come to th
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from benchmarks.willing import willing
 from templora.base import Base
 from templora.batch import Batch
 from templora.crew import Crew
-from templora.events import ChunkScored, Event
+from templora.events import ChunkScored, End, Event
 from templora.half import native
 from templora.pen import Wishes
 from templora.session import Session
@@ -69,18 +69,27 @@ def threads(task: str, base: Base, documents: list[list[int]], tokens: int, size
     """A thread for each."""
     crew = Crew(base, size=len(documents), **sizes)
     loops = (partial(loop, task, ids=ids, tokens=tokens) for ids in documents)
-    return (event for _, event in crew.run(enumerate(loops), seed=1) if event is not None)
+    yield from let_go(crew.run(enumerate(loops), seed=1))
 
 
 def lockstep(task: str, base: Base, documents: list[list[int]], tokens: int, sizes: Sizes) -> Iterator[Event]:
     """One pass for all."""
     batch = Batch(base, size=len(documents), **sizes)
     if task == "score":
-        yield from (event for _, event in together.scoring(batch, documents, seed=1) if event is not None)
+        yield from let_go(together.scoring(batch, documents, seed=1))
         return
     group = [willing(batch.text(own, seed=1, number=number)) for number, own in enumerate(documents)]
-    yield from (event for _, event in together.reading(batch, group, score_base=True))
-    yield from (event for _, event in together.going_on(batch, Wishes(tokens, GREEDY)))
+    yield from let_go(together.reading(batch, group, score_base=True))
+    yield from let_go(together.going_on(batch, Wishes(tokens, GREEDY)))
+
+
+def let_go(events: Iterable[tuple[Session, Event | None]]) -> Iterator[Event]:
+    """Discard each text at its end."""
+    for text, event in events:
+        if event is not None:
+            yield event
+        if event is None or isinstance(event, End):
+            text.discard()
 
 
 SIDES = {"alone": alone, "threads": threads, "lockstep": lockstep}

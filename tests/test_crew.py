@@ -56,7 +56,7 @@ def test_texts_are_scored_to_the_bit_as_each_is_alone(base: Base, changes: dict[
     torch.set_num_threads(1)
     alone = [score(base, document, seed=1, **SIZES, **changes) for document in DOCUMENTS]
     torch.set_num_threads(4)
-    for size in (4, 9):  # a thread for each; with two texts each would have two, and sum in another order
+    for size in (2, 9):
         batched = templora.score_batch(base, DOCUMENTS, size=size, seed=1, **SIZES, **changes)
         assert [*map(chunks, batched)] == [*map(chunks, alone)]
         assert [s.adapted for s in batched] == [s.adapted for s in alone]
@@ -96,6 +96,14 @@ def test_a_hook_works_for_several_texts_as_for_one(base: Base) -> None:
     handle.remove()
     assert steered[0].adapted.nll == pytest.approx(own.adapted.nll, rel=1e-5)
     assert own.adapted.nll != pytest.approx(plain[0].adapted.nll, rel=1e-4)
+
+
+def test_one_thread_runs_one_after_another_as_alone(base: Base) -> None:
+    torch.set_num_threads(1)
+    alone = [score(base, document, seed=1, **SIZES) for document in DOCUMENTS]
+    batched = templora.score_batch(base, DOCUMENTS, size=3, seed=1, **SIZES)
+    assert [*map(chunks, batched)] == [*map(chunks, alone)]
+    torch.set_num_threads(4)
 
 
 def test_a_document_is_asked_for_when_a_thread_is_free(base: Base) -> None:
@@ -174,6 +182,7 @@ print(next(events)[0])
 
 def test_a_large_base_and_a_wish_run_in_lockstep(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(together(base, size=2), Crew)
+    assert isinstance(together(base, size=1), Batch), "of four threads it would leave three idle"
     assert isinstance(together(base, size=2, lockstep=True), Batch)
     monkeypatch.setattr(crews, "LARGE", 1)
     assert isinstance(together(base, size=2), Batch)

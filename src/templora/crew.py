@@ -38,17 +38,18 @@ class Member(Session):
 Loop = Callable[[Member], Iterator[Event]]
 
 
-def pays(base: Base) -> bool:
-    """Whether texts that run on their own are faster than in lockstep: by what base it is, never by a clock.
+def pays(base: Base, size: int) -> bool:
+    """Whether so many texts are faster on their own than in lockstep: by what is there, never by a clock.
 
-    A large base's weights are better read once for all of them, and a GPU runs one pass at a time.
+    A large base's weights are better read once for all of them, and a GPU runs one pass at a time. A text has
+    one of torch's threads, so where these are many, so must be the texts.
     """
-    size = sum(weight.numel() for weight in base.model.parameters())
-    return base.device.type == "cpu" and size < LARGE
+    weights = sum(weight.numel() for weight in base.model.parameters())
+    return base.device.type == "cpu" and weights < LARGE and 2 * size >= torch.get_num_threads()
 
 
 class Crew:
-    """Up to `size` texts at once on one base, by one recipe, on as many of torch's threads as there are.
+    """Up to `size` texts at once on one base, by one recipe, no more of them than torch has threads.
 
     Raises:
         InvalidRecipe: this recipe must run its texts one at a time.
@@ -71,7 +72,8 @@ class Crew:
     ) -> Iterator[tuple[Member, Event | None]]:
         """Run a loop over a fresh session for each number, the next as soon as a thread is free.
 
-        While it runs, torch has as many threads less for each of them.
+        Each has one thread, so that it comes to the same however many there are; one at a time has all. While
+        several run, torch's products have one thread elsewhere in the program, too.
 
         Args:
             loops: the next is asked for when a thread is free.
@@ -79,9 +81,21 @@ class Crew:
         Yields:
             Each event with the text it is of; None as the last of a text, which then is the caller's.
         """
+        if min(self.size, torch.get_num_threads()) == 1:
+            return self._in_turn(loops, seed)
+        return self._at_once(loops, seed)
+
+    def _in_turn(self, loops: Iterable[tuple[int, Loop]], seed: int) -> Iterator[tuple[Member, Event | None]]:
+        for number, loop in loops:
+            text = Member(self.base, self.recipe, seed, number)
+            for event in loop(text):
+                yield text, event
+            yield text, None
+
+    def _at_once(self, loops: Iterable[tuple[int, Loop]], seed: int) -> Iterator[tuple[Member, Event | None]]:
         threads, waiting = torch.get_num_threads(), iter(loops)
         most = min(self.size, threads)
-        work = _Work(self.base, self.recipe, seed, max(1, threads // most), most)
+        work = _Work(self.base, self.recipe, seed, most)
         workers, running = list[threading.Thread](), 0
         try:
             while True:
@@ -116,8 +130,8 @@ class _Left(Exception):
 class _Work:
     """What the threads of a crew share. caller: the thread that asks for events; left: whether it has."""
 
-    def __init__(self, base: Base, recipe: Recipe, seed: int, threads: int, workers: int) -> None:
-        self._base, self._recipe, self._seed, self._threads = base, recipe, seed, threads
+    def __init__(self, base: Base, recipe: Recipe, seed: int, workers: int) -> None:
+        self._base, self._recipe, self._seed = base, recipe, seed
         self.waiting: SimpleQueue[tuple[int, Loop] | None] = SimpleQueue()
         self.news: Queue[tuple[Member | None, Event | BaseException | None]] = Queue(AHEAD * workers)
         self.left, self.caller = threading.Event(), threading.current_thread()
@@ -126,7 +140,7 @@ class _Work:
         """In a worker's thread, until there is no loop left."""
         try:
             # Before the modules are made: how they write a token depends on it.
-            torch.set_num_threads(self._threads)
+            torch.set_num_threads(1)
             base = twin_of(self._base, "use batch 1")
             while (loop := self._next()) is not None:
                 number, events = loop

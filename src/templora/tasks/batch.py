@@ -24,7 +24,7 @@ def together(
     base: Base, recipe: Any = "default", *, size: int, lockstep: bool | None = None, **overrides: Any
 ) -> Batch | Crew:
     """What runs up to `size` texts at once, as `score_batch` says of `lockstep`."""
-    kind = Crew if (pays(base) if lockstep is None else not lockstep) else Batch
+    kind = Crew if (pays(base, size) if lockstep is None else not lockstep) else Batch
     return kind(base, recipe, size=size, **overrides)
 
 
@@ -80,8 +80,8 @@ def score_batch(
     Args:
         tokens, skip: score that many tokens of each after skipping so many; all by default.
         score_base: also score each chunk under the bare base with the same window.
-        lockstep: run one pass for all of them; False: run each in one of torch's threads. None: on a GPU, or
-            where the base is large.
+        lockstep: run one pass for all of them; False: run each in one of torch's threads. None: in lockstep
+            on a GPU, where the base is large, or where there are more than two threads a text.
         recipe, seed, overrides: as for `Base.session`.
 
     Returns:
@@ -93,7 +93,7 @@ def score_batch(
     """
     documents = [alone.part_of(base.encode(text), tokens, skip) for text in _several(texts)]
     scores = [Scores.of(base, ids) for ids in documents]
-    batch = together(base, recipe, size=size, lockstep=lockstep, **overrides)
+    batch = together(base, recipe, size=min(size, len(documents) or 1), lockstep=lockstep, **overrides)
     for text, event in scoring(batch, documents, seed=seed, score_base=score_base):
         if event is None:
             text.discard()
@@ -136,8 +136,9 @@ def write_batch(
     drawn = {name: wishes.pop(name) for name in [field.name for field in fields(Sampling)] if name in wishes}
     draw = Sampling.chosen(sampling, base.model.generation_config, drawn)
     wished = Wishes(tokens, draw, None, stop, stop_at_eos, score_base)
-    batch = together(base, recipe, size=size, lockstep=lockstep, **wishes)
-    return _numbered(batch, _several(prompts), wished, seed)
+    prompts = _several(prompts)
+    batch = together(base, recipe, size=min(size, len(prompts) or 1), lockstep=lockstep, **wishes)
+    return _numbered(batch, prompts, wished, seed)
 
 
 def _several(texts: Iterable[str]) -> list[str]:
