@@ -180,6 +180,35 @@ print(next(events)[0])
     assert ended.stdout.strip() in "01"
 
 
+def test_an_insistent_interrupt_leaves_threads_to_end_by_themselves() -> None:
+    program = """
+import signal, threading, time, torch, templora
+from templora.crew import Crew
+from templora.events import Warned
+from templora.testing import ByteTokenizer, tiny_llama
+torch.set_num_threads(2)
+base = templora.load(model=tiny_llama(), tokenizer=ByteTokenizer())
+def slow(text):
+    yield Warned("", "")
+    for _ in range(200):
+        time.sleep(0.005)
+        torch.zeros(9).sum()
+    print("ended")
+    yield Warned("", "")
+events = Crew(base, size=2).run(enumerate([slow, slow]))
+next(events), next(events)
+main = threading.main_thread().ident
+threading.Timer(0.3, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
+try:
+    events.close()
+except KeyboardInterrupt:
+    print("interrupted", torch.get_num_threads())
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split() == ["interrupted", "2", "ended", "ended"]
+
+
 def test_a_large_base_and_a_wish_run_in_lockstep(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(together(base, size=2), Crew)
     assert isinstance(together(base, size=1), Batch), "of four threads it would leave three idle"

@@ -6,7 +6,7 @@ a batch runs elsewhere says `batch`. A text's events come in its own order, thos
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, Full, Queue, SimpleQueue
@@ -115,12 +115,10 @@ class Crew:
                 running -= event is None
                 yield text, event
         finally:
-            work.left.set()
-            for _ in workers:
-                work.waiting.put(None)
-            for worker in workers:
-                worker.join()
-            torch.set_num_threads(threads)
+            try:
+                work.leave(workers)
+            finally:
+                torch.set_num_threads(threads)
 
 
 class _Left(Exception):
@@ -135,6 +133,7 @@ class _Work:
         self.waiting: SimpleQueue[tuple[int, Loop] | None] = SimpleQueue()
         self.news: Queue[tuple[Member | None, Event | BaseException | None]] = Queue(AHEAD * workers)
         self.left, self.caller = threading.Event(), threading.current_thread()
+        self._ended = threading.Semaphore(0)
 
     def go(self) -> None:
         """In a worker's thread, until there is no loop left."""
@@ -153,6 +152,18 @@ class _Work:
         except BaseException as error:  # raised where the caller is
             with suppress(_Left):
                 self._tell(None, error)
+        finally:
+            self._ended.release()
+
+    def leave(self, workers: Sequence[threading.Thread]) -> None:
+        """Wait until each has done what it is doing; if this is interrupted, they end by themselves."""
+        self.left.set()
+        for _ in workers:
+            self.waiting.put(None)
+        for _ in workers:  # not `join`, which takes a thread for ended where an interrupt ends the waiting
+            self._ended.acquire()
+        for worker in workers:
+            worker.join()
 
     def _next(self) -> tuple[int, Loop] | None:
         while True:
