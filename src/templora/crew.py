@@ -142,11 +142,7 @@ class _Work:
             torch.set_num_threads(1)
             base = twin_of(self._base, "use batch 1")
             while (loop := self._next()) is not None:
-                number, events = loop
-                text = Member(base, self._recipe, self._seed, number)
-                for event in events(text):
-                    self._tell(text, event)
-                self._tell(text, None)
+                self._run(base, *loop)
         except _Left:
             pass
         except BaseException as error:  # raised where the caller is
@@ -154,6 +150,12 @@ class _Work:
                 self._tell(None, error)
         finally:
             self._ended.release()
+
+    def _run(self, base: Base, number: int, loop: Loop) -> None:
+        text = Member(base, self._recipe, self._seed, number)
+        for event in loop(text):
+            self._tell(text, event)
+        self._tell(text, None)
 
     def leave(self, workers: Sequence[threading.Thread]) -> None:
         """Wait until each has done what it is doing; if this is interrupted, they end by themselves."""
