@@ -84,7 +84,7 @@ def test_a_copy_is_made_anew_when_its_weight_was_changed() -> None:
 
 def test_a_learner_beside_its_writer_shares_the_copies() -> None:
     whole = base()
-    twin, name = twin_of(whole), "model.layers.0.mlp.up_proj.weight"
+    twin, name = twin_of(whole, "mend it"), "model.layers.0.mlp.up_proj.weight"
     learns, writes = twin.model.get_parameter(name), whole.model.get_parameter(name)
     assert twin.halves.of(learns) is whole.halves.of(writes)
     assert twin.halves.of(learns).dtype == torch.bfloat16
@@ -131,7 +131,7 @@ def test_several_texts_at_once_are_scored_as_each_alone() -> None:
     found: dict[str, list[float]] = {}
     for precision in ("fp32", "bf16"):
         changes = SIZES | {"precision": precision}
-        batched = templora.score_batch(base(), texts, size=2, **changes)
+        batched = templora.score_batch(base(), texts, size=2, lockstep=True, **changes)
         alone = [templora.score(base(), text, **changes) for text in texts]
         found[precision] = [scores.adapted.nll for scores in batched]
         assert found[precision] == pytest.approx([scores.adapted.nll for scores in alone], rel=2e-3)
@@ -180,7 +180,7 @@ def test_several_texts_at_once_take_the_copies_where_each_alone_would(
 
     monkeypatch.setattr(kernels, "fast", fast)
     prompts = [PROSE[:60], PROSE[9:80]]
-    list(templora.write_batch(base(), prompts, tokens=4, size=2, precision="bf16", **SIZES))
+    list(templora.write_batch(base(), prompts, tokens=4, size=2, lockstep=True, precision="bf16", **SIZES))
     assert max(sizes) > 2, "chunks"
     assert (2 in sizes) is large, "a token of each text"
 

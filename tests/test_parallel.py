@@ -239,7 +239,7 @@ def test_the_base_is_bare_at_every_event_and_bit_identical() -> None:
 
 def test_the_twin_shares_every_tensor_and_no_module() -> None:
     base = new_base()
-    twin = twin_of(base)
+    twin = twin_of(base, "mend it")
     for kind in (nn.Module.named_parameters, nn.Module.named_buffers):
         own, other = dict(kind(base.model)), dict(kind(twin.model))
         assert own.keys() == other.keys()
