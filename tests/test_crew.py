@@ -18,7 +18,7 @@ from templora.base import Base
 from templora.batch import Batch
 from templora.cli import app
 from templora.crew import Crew, Member
-from templora.errors import InvalidRecipe, InvalidText
+from templora.errors import InvalidRecipe, InvalidText, UnsupportedModel
 from templora.events import Event
 from templora.pen import Wishes
 from templora.sampling import Sampling
@@ -104,6 +104,35 @@ def test_one_thread_runs_one_after_another_as_alone(base: Base) -> None:
     batched = templora.score_batch(base, DOCUMENTS, size=3, seed=1, **SIZES)
     assert [*map(chunks, batched)] == [*map(chunks, alone)]
     torch.set_num_threads(4)
+
+
+def test_layers_with_a_forward_of_their_own_run_in_lockstep_or_not_at_all(base: Base) -> None:
+    attention: Any = base.model.model.layers[1].self_attn  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue]
+    real = attention.forward
+    attention.forward = lambda *words, **named: real(*words, **named)
+    try:
+        assert isinstance(together(base, size=2), Batch)
+        with pytest.raises(UnsupportedModel, match=r"a forward of its own, .*; use batch 1"):
+            templora.score_batch(base, DOCUMENTS, lockstep=False, **SIZES)
+    finally:
+        del attention.forward
+
+
+def test_the_callers_random_numbers_are_its_own(base: Base) -> None:
+    torch.manual_seed(7)
+    alone = torch.rand(20_000)
+    torch.manual_seed(7)
+    drawn = list[torch.Tensor]()
+    for _ in templora.write_batch(base, PROMPTS * 2, 8, size=2, seed=1, **SIZES):
+        drawn += [torch.rand(1) for _ in range(20)]
+    assert torch.equal(torch.cat(drawn), alone[: len(drawn)])
+
+
+def test_what_is_left_of_a_run_goes_the_way_of_the_whole(base: Base) -> None:
+    assert isinstance(together(base, size=2, texts=1), Crew)
+    assert isinstance(together(base, size=1, texts=1), Batch)
+    few = together(base, size=5, texts=2, lockstep=True)
+    assert isinstance(few, Batch) and few.size == 2
 
 
 def test_a_document_is_asked_for_when_a_thread_is_free(base: Base) -> None:

@@ -42,10 +42,13 @@ def pays(base: Base, size: int) -> bool:
     """Whether so many texts are faster on their own than in lockstep: by what is there, never by a clock.
 
     A large base's weights are better read once for all of them, and a GPU runs one pass at a time. A text has
-    one of torch's threads, so where these are many, so must be the texts.
+    one of torch's threads, so where these are many, so must be the texts. And a `forward` of a layer's own
+    need not be one that a twin can have.
     """
     weights = sum(weight.numel() for weight in base.model.parameters())
-    return base.device.type == "cpu" and weights < LARGE and 2 * size >= torch.get_num_threads()
+    usual = not any("forward" in vars(module) for module in base.model.modules())
+    many = 2 * size >= torch.get_num_threads()
+    return base.device.type == "cpu" and weights < LARGE and usual and many
 
 
 class Crew:
@@ -103,14 +106,20 @@ class Crew:
                     work.waiting.put(loop)
                     running += 1
                     if running > len(workers):
-                        workers.append(threading.Thread(target=work.go, name="templora"))
-                        workers[-1].start()
+                        worker = threading.Thread(target=work.go, name="templora")
+                        worker.start()
+                        workers.append(worker)
+                    # An adapter sets torch's random state and puts it back; meanwhile nobody here draws.
+                    work.made.acquire()
                 if not running:
                     return
                 work.caller = threading.current_thread()
                 text, event = work.news.get()
                 if isinstance(event, BaseException):
-                    raise event
+                    try:
+                        raise event
+                    finally:  # its traceback holds this frame, which would hold it
+                        del event
                 assert text is not None
                 running -= event is None
                 yield text, event
@@ -126,14 +135,17 @@ class _Left(Exception):
 
 
 class _Work:
-    """What the threads of a crew share. caller: the thread that asks for events; left: whether it has."""
+    """What the threads of a crew share.
+
+    caller: the thread that asks for events; left: whether it has. made: counts sessions that are there.
+    """
 
     def __init__(self, base: Base, recipe: Recipe, seed: int, workers: int) -> None:
         self._base, self._recipe, self._seed = base, recipe, seed
         self.waiting: SimpleQueue[tuple[int, Loop] | None] = SimpleQueue()
         self.news: Queue[tuple[Member | None, Event | BaseException | None]] = Queue(AHEAD * workers)
         self.left, self.caller = threading.Event(), threading.current_thread()
-        self._ended = threading.Semaphore(0)
+        self.made, self._ended = threading.Semaphore(0), threading.Semaphore(0)
 
     def go(self) -> None:
         """In a worker's thread, until there is no loop left."""
@@ -149,10 +161,12 @@ class _Work:
             with suppress(_Left):
                 self._tell(None, error)
         finally:
+            self.made.release()  # whatever it died of
             self._ended.release()
 
     def _run(self, base: Base, number: int, loop: Loop) -> None:
         text = Member(base, self._recipe, self._seed, number)
+        self.made.release()
         for event in loop(text):
             self._tell(text, event)
         self._tell(text, None)
@@ -162,6 +176,8 @@ class _Work:
         self.left.set()
         for _ in workers:
             self.waiting.put(None)
+        if threading.current_thread() in workers:  # which happened to collect the loop that nobody holds
+            return
         for _ in workers:  # not `join`, which takes a thread for ended where an interrupt ends the waiting
             self._ended.acquire()
         for worker in workers:

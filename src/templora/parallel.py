@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -225,6 +226,8 @@ def twin_of(base: Base, cure: str) -> Base:
     """
     model = base.model
     try:
+        if any(isinstance(vars(module).get("forward"), FunctionType) for module in model.modules()):
+            raise TypeError("a layer has a forward of its own, which runs the layers that it was made for")
         with base.turn:
             # A user's hooks as well: those to come, and whatever they belong to.
             hooks = (own for module in model.modules() for own in vars(module).items())

@@ -83,7 +83,7 @@ def write_all(
     from templora.tasks.batch import write_batch
 
     sampling = Sampling.of(base.model.generation_config, **wishes.pop("draw"))
-    texts, size = [prompt.text for prompt in prompts], min(size, len(prompts))
+    texts = [prompt.text for prompt in prompts]
     events = write_batch(base, texts, recipe=recipe, size=size, seed=wanted.seed, sampling=sampling, **wishes)
     make_folder(folder, "--out-dir")
     with ExitStack() as stack:

@@ -245,7 +245,7 @@ def _score_together(job: Job, files: list[Path], results: Results, interrupted: 
             said.append(job.said_of(ids))
             yield ids
 
-    batch = together(job.base, job.recipe, size=min(size, len(files)))
+    batch = together(job.base, job.recipe, size=size, texts=len(files))
     job.say_sizes()
     for text, event in scoring(batch, documents(), seed=job.seed, score_base=job.score_base):
         if interrupted:

@@ -21,11 +21,22 @@ from templora.tasks.score import Scores
 
 
 def together(
-    base: Base, recipe: Any = "default", *, size: int, lockstep: bool | None = None, **overrides: Any
+    base: Base,
+    recipe: Any = "default",
+    *,
+    size: int,
+    texts: int | None = None,
+    lockstep: bool | None = None,
+    **overrides: Any,
 ) -> Batch | Crew:
-    """What runs up to `size` texts at once, as `score_batch` says of `lockstep`."""
-    kind = Crew if (pays(base, size) if lockstep is None else not lockstep) else Batch
-    return kind(base, recipe, size=size, **overrides)
+    """What runs up to `size` texts at once, as `score_batch` says of `lockstep`.
+
+    texts: how many there are at most; which way they go does not depend on it, so that it stays the same for
+    those that an earlier run has left.
+    """
+    if pays(base, size) if lockstep is None else not lockstep:
+        return Crew(base, recipe, size=size, **overrides)
+    return Batch(base, recipe, size=size if texts is None else min(size, texts), **overrides)
 
 
 def scoring(
@@ -81,7 +92,7 @@ def score_batch(
         tokens, skip: score that many tokens of each after skipping so many; all by default.
         score_base: also score each chunk under the bare base with the same window.
         lockstep: run one pass for all of them; False: run each in one of torch's threads. None: in lockstep
-            on a GPU, where the base is large, or where there are more than two threads a text.
+            on a GPU, where the base is large, or where torch has more than two threads for each of `size`.
         recipe, seed, overrides: as for `Base.session`.
 
     Returns:
@@ -93,7 +104,7 @@ def score_batch(
     """
     documents = [alone.part_of(base.encode(text), tokens, skip) for text in _several(texts)]
     scores = [Scores.of(base, ids) for ids in documents]
-    batch = together(base, recipe, size=min(size, len(documents) or 1), lockstep=lockstep, **overrides)
+    batch = together(base, recipe, size=size, texts=len(documents) or 1, lockstep=lockstep, **overrides)
     for text, event in scoring(batch, documents, seed=seed, score_base=score_base):
         if event is None:
             text.discard()
@@ -137,7 +148,7 @@ def write_batch(
     draw = Sampling.chosen(sampling, base.model.generation_config, drawn)
     wished = Wishes(tokens, draw, None, stop, stop_at_eos, score_base)
     prompts = _several(prompts)
-    batch = together(base, recipe, size=min(size, len(prompts) or 1), lockstep=lockstep, **wishes)
+    batch = together(base, recipe, size=size, texts=len(prompts) or 1, lockstep=lockstep, **wishes)
     return _numbered(batch, prompts, wished, seed)
 
 
