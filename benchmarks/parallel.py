@@ -1,9 +1,10 @@
 """Writing while learning against writing and learning in turn, and what a chunk of staleness costs.
 
-Recipe `default`. Three sides write after the same given text: `turn`, on one thread of torch; `turn2`, on
-two; and `parallel`, one thread for the writer and one for the learner. What staleness costs is measured on a
-given text, where both are asked for the same tokens: scored by the adapter that has learned all before a
-chunk, and by the one that has learned all but the last chunk.
+Recipe `default`. All sides write after the same given text: `turn`, on one thread of torch; `turn2`, on two;
+`parallel`, one thread for the writer and one for the learner; `alone` and `alone2`, with nothing to learn, on
+one and on two. What staleness costs is measured on a given text, where both are asked for the same tokens:
+scored by the adapter that has learned all before a chunk, and by the one that has learned all but the last
+chunk.
 """
 
 import time
@@ -18,16 +19,23 @@ from templora.metrics import perplexity
 from templora.passes import Passes
 from templora.session import Session
 
-# Threads of torch, and whether a chunk is learned while the next is written.
-SIDES: dict[str, tuple[int, bool]] = {"turn": (1, False), "turn2": (2, False), "parallel": (1, True)}
+# Threads of torch, and what the session is told.
+SIDES: dict[str, tuple[int, dict[str, Any]]] = {
+    "turn": (1, {}),
+    "turn2": (2, {}),
+    "parallel": (1, {"parallel": True}),
+    "alone": (1, {"learning_rate": 0.0}),
+    "alone2": (2, {"learning_rate": 0.0}),
+}
+ALONE = ("alone", "alone2")
 
 
 def writing(shape: str, given: int, tokens: int, sizes: dict[str, int], side: str) -> tuple[float, list[int]]:
     """Seconds, with what is learned of the last chunk; and the tokens."""
-    threads, parallel = SIDES[side]
+    threads, own = SIDES[side]
     torch.set_num_threads(threads)
     # Every chunk is learned, whatever it holds.
-    keys: dict[str, Any] = {"parallel": parallel, "guard": False, **sizes}
+    keys: dict[str, Any] = {"guard": False, **sizes, **own}
     session = shapes.base(shape).session("default", seed=1, **keys)
     session.extend(shapes.ids(shape, 1 + given), "")
     for _ in session.learning():
@@ -70,6 +78,7 @@ def measure(shape: str, given: int, tokens: int, sizes: dict[str, int], rounds: 
             made.append(taken)
             texts[side].append(text)
     assert all(text == of[0] for of in texts.values() for text in of), "a side wrote another text this time"
+    learners = [side for side in SIDES if side not in ALONE]
     return {
         "shape": shape,
         "given": given,
@@ -77,6 +86,9 @@ def measure(shape: str, given: int, tokens: int, sizes: dict[str, int], rounds: 
         **sizes,
         "seconds": seconds,
         "faster": {side: ratio(seconds[side], seconds["parallel"]) for side in ("turn", "turn2")},
+        "overhead": {
+            side: {alone: ratio(seconds[side], seconds[alone]) for alone in ALONE} for side in learners
+        },
         "perplexity": in_child(staleness, shape, given, sizes),
     }
 
@@ -84,6 +96,11 @@ def measure(shape: str, given: int, tokens: int, sizes: dict[str, int], rounds: 
 def speed(result: Any, side: str) -> str:
     """Tokens a second, for a table."""
     return Spread.of([result["tokens"] / seconds for seconds in result["seconds"][side]]).text(digits=0)
+
+
+def overhead(result: Any, side: str, alone: str) -> str:
+    """Its time over that of writing alone, for a table."""
+    return result["overhead"][side][alone].text(" ×")
 
 
 def against_base(result: Any, who: str) -> str:
@@ -116,6 +133,11 @@ def main() -> None:
         "parallel, 1 + 1": lambda r: speed(r, "parallel"),
         "parallel is faster": lambda r: r["faster"]["turn"].text(" ×"),
         "than 2 threads": lambda r: r["faster"]["turn2"].text(" ×"),
+        "time against writing alone: in turn": lambda r: r["overhead"]["turn"]["alone"].text(" ×"),
+        "parallel": lambda r: r["overhead"]["parallel"]["alone"].text(" ×"),
+        "parallel, against writing alone on 2 threads": lambda r: r["overhead"]["parallel"]["alone2"].text(
+            " ×"
+        ),
         "newest adapter: perplexity against the base": lambda r: against_base(r, "newest"),
         "a chunk ago": lambda r: against_base(r, "a chunk ago"),
     }

@@ -16,7 +16,8 @@ from benchmarks import shapes
 from benchmarks.measure import Spread, parse, parser, save, wait
 from benchmarks.needs import Needs, Work, layers, recipe
 from templora.bench.tables import table
-from templora.kernels import pays, product
+from templora.kernels import pays
+from templora.products import product
 
 LARGE = 1 << 28  # bytes of a stream: far more than any cache
 TRIES = 5

@@ -1,5 +1,6 @@
 """bf16 products in an fp32 base's place: near to those, for its frozen layers alone, nothing else touched."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -8,11 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import templora
-from templora import half, kernels, merging
+from templora import half, kernels, merging, products
 from templora.events import ChunkScored
-from templora.half import Halves, times, wanted
+from templora.gated_mlp import LAYERS
+from templora.half import Halves, wanted
 from templora.kernels import Fast, used
+from templora.lora_linear import LONG, LoraLinear
 from templora.parallel import twin_of
+from templora.products import times
 from templora.testing import ByteTokenizer, tiny_llama
 
 PROSE = "The tide came in twice that night, and twice the keeper rowed out to look for the boy. " * 6
@@ -34,6 +38,11 @@ def near(a: Tensor, b: Tensor) -> bool:
     return not torch.equal(a, b) and float((a - b).norm()) < ROUNDING * float(b.norm())
 
 
+def sides(layer: nn.Linear) -> tuple[nn.Parameter, nn.Parameter]:
+    """A and B of rank 4."""
+    return nn.Parameter(rows(4, layer.in_features) / 50), nn.Parameter(rows(layer.out_features, 4) / 50)
+
+
 def base(**changes: Any) -> templora.Base:
     return templora.load(model=tiny_llama(**changes), tokenizer=ByteTokenizer())
 
@@ -51,7 +60,7 @@ def test_a_product_is_fp32s_up_to_rounding(bias: bool, monkeypatch: pytest.Monke
     assert near(times(x, weight.bfloat16(), shift), exact)
     assert near(times(rows(40, 16), weight.bfloat16().T), rows(40, 16) @ weight)
     for vector in (True, False):
-        monkeypatch.setattr(half, "as_vector", lambda vector=vector: vector)
+        monkeypatch.setattr(products, "as_vector", lambda vector=vector: vector)
         assert near(
             times(rows(1, 24), weight.bfloat16(), shift), functional.linear(rows(1, 24), weight, shift)
         )
@@ -109,6 +118,36 @@ def test_a_layer_takes_its_copy_while_such_a_pass_runs(wide: bool) -> None:
         found.append([y.detach(), *torch.autograd.grad(y.sin().sum(), x)])
     assert used(layer.weight) is layer.weight
     assert all(near(ours, exact) for exact, ours in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_a_long_pass_keeps_what_is_rounded_once(wide: bool) -> None:
+    model = tiny_llama()
+    model.requires_grad_(False)
+    gate, up, down = (getattr(model.model.layers[0].mlp, name) for name in LAYERS)
+    parts = [LoraLinear(layer, *sides(layer), 2.0) for layer in (gate, up, down)]
+    kept: list[list[Tensor]] = []
+
+    def learned(count: int, copies: Halves | None) -> list[Tensor]:
+        x = rows(count, gate.in_features).unsqueeze(0).requires_grad_()
+        kept.append([])
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (kept[-1].append(t), t)[1], lambda t: t)
+        with Fast(copies, wide=wide) if copies or wide else nullcontext(), hooks:
+            y = parts[2].gated(parts[0](x), parts[1](x))
+        learn = [x, *(side for part in parts for side in (part.a, part.b))]
+        return list(torch.autograd.grad(y.sin().sum(), learn))
+
+    def inputs() -> list[Tensor]:
+        """What is kept of a width of one of the layers."""
+        return [t for t in kept[-1] if t.ndim == 3 and t.shape[-1] in {gate.in_features, down.in_features}]
+
+    for count in (LONG - 1, LONG):
+        exact, ours = learned(count, None), learned(count, Halves(model))
+        assert all(near(a, b) for a, b in zip(ours, exact, strict=True))
+        wanted = torch.bfloat16 if count == LONG else torch.float32
+        assert {t.dtype for t in inputs()} == {wanted}
+        # What gate and up are given is kept once for both.
+        assert len({t.untyped_storage().data_ptr() for t in inputs()}) == 3
 
 
 @pytest.mark.parametrize("wide", [True, False])
@@ -172,8 +211,8 @@ def test_several_texts_at_once_take_the_copies_where_each_alone_would(
     sizes: set[int] = set()  # of the passes that take them
     real = kernels.fast
 
-    def fast(rows: int, **how: Any) -> Any:
-        found = real(rows, **how)
+    def fast(rows: int, *of: Any, **how: Any) -> Any:
+        found = real(rows, *of, **how)
         if isinstance(found, Fast) and found.halves:
             sizes.add(rows)
         return found

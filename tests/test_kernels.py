@@ -10,10 +10,12 @@ from torch.nn import functional
 
 import templora
 from templora import half, kernels
+from templora.causal_attention import BLOCK
 from templora.events import ChunkScored
 from templora.half import Halves
-from templora.kernels import BLOCK, Fast, product
+from templora.kernels import Fast
 from templora.lora_linear import LoraLinear
+from templora.products import product
 from templora.testing import ByteTokenizer, tiny_llama
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")

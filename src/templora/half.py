@@ -77,17 +77,6 @@ def as_vector() -> bool:
     return native() and intel()
 
 
-def times(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weightᵀ + bias in x's dtype. x: [rows, in]; weight: [out, in], in x's dtype or a bf16 copy."""
-    if weight.dtype != x.dtype:
-        rounded = x.to(weight.dtype)
-        one = len(x) == 1 and as_vector()
-        product = torch.mv(weight, rounded[0]).unsqueeze(0) if one else rounded @ weight.T
-        y = product.to(x.dtype)
-        return y if bias is None else y.add_(bias)
-    return x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
-
-
 def _suits(weight: Tensor) -> bool:
     return weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.numel() >= SMALLEST
 

@@ -8,37 +8,23 @@ A base of bf16 has one of its own, on Intel: see `half.as_vector`.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from templora.half import Halves, as_vector, intel, times
+from templora.causal_attention import CausalAttention, firsts_of
+from templora.half import Halves, as_vector, intel
+from templora.lean_attention import unrepeated
+from templora.products import product, times
 
 FEWEST = 16  # rows
 LARGE = 1 << 20  # numbers of a layer's weight, in the mean, for which fewer rows pay as well
-BLOCK = 128  # queries at a time: their scores stay in the core's own cache
-
-
-def product(x: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
-    """x weightᵀ + added, fp32.
-
-    x: [rows, in]; weight: [out, in], fp32 or a bf16 copy; both in any layout. added: [rows, out].
-    """
-    if weight.dtype != x.dtype:
-        return times(x, weight) if added is None else times(x, weight).add_(added)
-    x = x.contiguous()
-    if not weight.T.is_contiguous():  # one of the two it must be: elsewhere oneDNN is a hundred times slower
-        weight = weight.contiguous()
-    if added is None:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return torch.ops.mkldnn._linear_pointwise.binary(x, added, weight, None, "add")
-
 
 _here = threading.local()  # a function mode is its thread's own, and so is what is said of it
 
@@ -63,22 +49,24 @@ def pays_for_few(model: nn.Module) -> bool:
 
 def fast(
     rows: int,
-    *,
     device: torch.device,
     dtype: torch.dtype,
+    *,
     halves: Halves | None = None,
     few: bool = False,
+    shared_by: int = 1,
 ) -> AbstractContextManager[object]:
     """For one pass over that many tokens; does nothing where it would not pay.
 
     dtype: of the base. halves: products with these weights are bf16's; over few tokens only where these are a
-    large base's. few: whether fp32's pay there as well.
+    large base's. few: whether fp32's pay there as well. shared_by: heads that share keys and values.
     """
     many = rows >= FEWEST
     copies = halves if halves and (many or halves.large) else None
     wide = pays() and (many or few)
     one = rows == 1 and dtype == torch.bfloat16 and as_vector()
-    return Fast(copies, wide=wide) if device.type == "cpu" and (wide or copies or one) else nullcontext()
+    pays_here = device.type == "cpu" and (wide or copies or one)
+    return Fast(copies, wide=wide, shared_by=shared_by) if pays_here else nullcontext()
 
 
 def is_fast() -> bool:
@@ -92,6 +80,12 @@ def used(weight: Tensor) -> Tensor:
         if mode.halves is not None:
             return mode.halves.of(weight)
     return weight
+
+
+def rounded(x: Tensor) -> Tensor:
+    """x in bf16, made once for all the layers in a row of the pass that runs now which are given it."""
+    entered = _entered()
+    return entered[-1].rounded(x) if entered else x.bfloat16()
 
 
 def rows_through(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -111,14 +105,16 @@ def as_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class Fast(TorchFunctionMode):
     """While it is entered, linear layers, and causal attention in fp32, take the ways below.
 
-    halves: as for `fast`. wide: fp32's own products are oneDNN's, and attention is the one below.
+    halves, shared_by: as for `fast`. wide: fp32's own products are oneDNN's, and attention is the one below.
     """
 
-    def __init__(self, halves: Halves | None = None, *, wide: bool = True) -> None:
+    def __init__(self, halves: Halves | None = None, *, wide: bool = True, shared_by: int = 1) -> None:
         super().__init__()
-        self.halves, self.wide = halves, wide
+        self.halves, self.wide, self._shared_by = halves, wide, shared_by
         # The mask that was looked at last, and from which key on each text sees all up to its own place.
         self._seen: tuple[Tensor, tuple[int, ...] | None] | None = None
+        # What was rounded last: kept, so that nothing else comes to lie where it lies.
+        self._rounded: tuple[Tensor, int, Tensor] | None = None
         self._ways: dict[Any, Callable[..., Tensor | None]] = {functional.linear: _linear}
         if wide:
             self._ways[functional.scaled_dot_product_attention] = self._attention
@@ -130,6 +126,16 @@ class Fast(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         _entered().pop()
         super().__exit__(*error)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """See the function of that name."""
+        if self._rounded is not None:
+            last, version, copy = self._rounded
+            if last.is_set_to(x) and version == x._version:
+                return copy
+        copy = x.detach().bfloat16()
+        self._rounded = x.detach(), x._version, copy
+        return copy
 
     def _attention(
         self,
@@ -163,17 +169,16 @@ class Fast(TorchFunctionMode):
         if firsts is None:
             return None
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return _CausalAttention.apply(query, key, value, scale, firsts)  # pyright: ignore[reportReturnType]
+        if query.shape[1] == key.shape[1]:
+            key, value, _ = unrepeated(key, value, self._shared_by)
+        return CausalAttention.apply(query, key, value, scale, firsts)  # pyright: ignore[reportReturnType]
 
     def _firsts(self, mask: Tensor | None, texts: int, queries: int, keys: int) -> tuple[int, ...] | None:
-        """The first key that each text sees; None where the mask is not a causal one from there on.
-
-        Causal: the queries, which come last, see all keys up to their own and no other.
-        """
+        """As `firsts_of`, for each of the texts."""
         if mask is None or mask.dtype != torch.bool or mask.shape[1:] != (1, queries, keys):
             return None
         if self._seen is None or self._seen[0] is not mask:
-            self._seen = mask, _firsts_of(mask.squeeze(1))
+            self._seen = mask, firsts_of(mask.squeeze(1))
         firsts = self._seen[1]
         return firsts * texts if firsts is not None and len(firsts) == 1 else firsts
 
@@ -218,91 +223,3 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
         (weight,) = ctx.saved_tensors
         return product(upstream[0], weight.T), None
-
-
-def _firsts_of(mask: Tensor) -> tuple[int, ...] | None:
-    """As `Fast._firsts`; mask: [texts or 1, queries, keys]."""
-    _, queries, keys = mask.shape
-    firsts = mask[:, -1].int().argmax(1)
-    seen = torch.arange(keys) >= firsts.unsqueeze(1)  # [texts, keys]
-    causal = torch.ones(queries, keys, dtype=torch.bool).tril_(keys - queries)
-    old = int(firsts.max()) <= keys - queries
-    return tuple(firsts.tolist()) if old and torch.equal(mask, causal & seen.unsqueeze(1)) else None
-
-
-class _CausalAttention(torch.autograd.Function):
-    """The queries are those of the last keys; earlier keys come from a cache and get no gradient.
-
-    firsts: the first key that each text sees.
-
-    Scores are made a block of queries at a time, and again on the way back: none are kept.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, firsts: tuple[int, ...]
-    ) -> Tensor:
-        texts, heads, queries, width = query.shape
-        out = query.new_empty(texts, queries, heads, width)
-        for text, group, rows, columns in _blocks(query, key, firsts):
-            q, k, v = _of_block(query, key, value, text, group, rows, columns)
-            mixed = product(_weights(q, k, scale), v.T)
-            out[text, rows, group.heads] = mixed.view(*q.shape).transpose(0, 1)
-        ctx.save_for_backward(query, key, value)
-        ctx.scale, ctx.firsts = scale, firsts
-        return out.transpose(1, 2)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value = ctx.saved_tensors
-        slopes, scale = upstream[0], ctx.scale  # [texts, heads, queries, width]
-        q_slope, k_slope, v_slope = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        old = key.shape[2] - query.shape[2]
-        for text, group, rows, columns in _blocks(query, key, ctx.firsts):
-            q, k, v = _of_block(query, key, value, text, group, rows, columns)
-            weights = _weights(q, k, scale)  # [heads · rows, columns]
-            slope = slopes[text, group.heads, rows].reshape(-1, q.shape[-1])
-            score_slope = torch.ops.aten._softmax_backward_data(product(slope, v), weights, -1, torch.float32)
-            q_slope[text, group.heads, rows] = product(score_slope, k.T).view(q.shape).mul_(scale)
-            own, new = q.reshape(-1, q.shape[-1]), slice(old, columns.stop)
-            first = old - columns.start
-            v_slope[text, group.kv, new] += product(weights[:, first:].T, slope.T)
-            k_slope[text, group.kv, new] += product(score_slope[:, first:].T, own.T).mul_(scale)
-        return q_slope, k_slope, v_slope, None, None
-
-
-class _Group(NamedTuple):
-    """A head of the keys and the heads of the queries that look at it."""
-
-    kv: int
-    heads: slice
-
-
-def _blocks(query: Tensor, key: Tensor, firsts: Sequence[int]) -> Iterator[tuple[int, _Group, slice, slice]]:
-    """Text, group, queries, and the keys that the last of them sees."""
-    shared, queries = query.shape[1] // key.shape[1], query.shape[2]
-    for text, first in enumerate(firsts):
-        for index in range(key.shape[1]):
-            group = _Group(index, slice(index * shared, (index + 1) * shared))
-            for start in range(0, queries, BLOCK):
-                stop = min(start + BLOCK, queries)
-                yield text, group, slice(start, stop), slice(first, key.shape[2] - queries + stop)
-
-
-def _of_block(
-    query: Tensor, key: Tensor, value: Tensor, text: int, group: _Group, rows: slice, columns: slice
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, [heads, rows, width], keys and values, [columns, width]."""
-    return query[text, group.heads, rows], key[text, group.kv, columns], value[text, group.kv, columns]
-
-
-def _weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """What each key counts, [heads · rows, columns]; the last of the rows sees every column.
-
-    query: [heads, rows, width]. key: [columns, width].
-    """
-    heads, rows, width = query.shape
-    scores = product(query.reshape(-1, width) * scale, key)
-    later = torch.full((rows, rows), -torch.inf).triu_(1)
-    scores.view(heads, rows, -1)[:, :, -rows:] += later
-    return scores.softmax(-1)

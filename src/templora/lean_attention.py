@@ -22,7 +22,7 @@ FEWEST = 256  # rows: below that there is little to save, and asking costs more
 def lean(rows: int, model: PreTrainedModel) -> AbstractContextManager[object]:
     """For one differentiated pass over that many tokens on the CPU; does nothing elsewhere."""
     pays = rows >= FEWEST and model.device.type == "cpu" and torch.is_grad_enabled()
-    return LeanAttention(_shared_by(model)) if pays else nullcontext()
+    return LeanAttention(shared_by(model)) if pays else nullcontext()
 
 
 class LeanAttention(TorchFunctionMode):
@@ -42,10 +42,8 @@ class LeanAttention(TorchFunctionMode):
         mask = kwargs.get("attn_mask")
         if mask is not None and mask.dtype == torch.bool:
             kwargs = kwargs | {"attn_mask": self._numbers(mask, query.dtype)}
-        if self._shared_by > 1 and self._are_repeated(key) and self._are_repeated(value):
-            key, value = (state[:, :: self._shared_by].contiguous() for state in (key, value))
-            kwargs = kwargs | {"enable_gqa": True}
-        return func(query, key, value, **kwargs)
+        key, value, shared = unrepeated(key, value, self._shared_by)
+        return func(query, key, value, **(kwargs | {"enable_gqa": True} if shared else kwargs))
 
     def _numbers(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
         if id(mask) not in self._made:
@@ -53,16 +51,27 @@ class LeanAttention(TorchFunctionMode):
             self._made[id(mask)] = mask, numbers
         return self._made[id(mask)][1]
 
-    def _are_repeated(self, state: Tensor) -> bool:
-        """By what they hold: a model may have layers of other kinds. state: [texts, heads, tokens, width]."""
-        by = self._shared_by
-        if state.ndim != 4 or state.shape[1] % by:
-            return False
-        first = state.detach()[:, ::by]
-        return all(torch.equal(first, state.detach()[:, other::by]) for other in range(1, by))
+
+def unrepeated(key: Tensor, value: Tensor, by: int) -> tuple[Tensor, Tensor, bool]:
+    """Keys and values, [texts, heads, tokens, width], each once where `by` heads in a row have the same.
+
+    And whether they had.
+    """
+    if by == 1 or not (_are_repeated(key, by) and _are_repeated(value, by)):
+        return key, value, False
+    return key[:, ::by].contiguous(), value[:, ::by].contiguous(), True
 
 
-def _shared_by(model: PreTrainedModel) -> int:
+def shared_by(model: PreTrainedModel) -> int:
+    """How many heads share keys and values; 1 where the model's configuration does not say."""
     config = model.config.get_text_config()
     heads, own = getattr(config, "num_attention_heads", 1), getattr(config, "num_key_value_heads", None)
     return heads // own if isinstance(own, int) and own > 0 and heads % own == 0 else 1
+
+
+def _are_repeated(state: Tensor, by: int) -> bool:
+    """By what they hold: a model may have layers of other kinds."""
+    if state.ndim != 4 or state.shape[1] % by:
+        return False
+    first = state.detach()[:, ::by]
+    return all(torch.equal(first, state.detach()[:, other::by]) for other in range(1, by))

@@ -2,7 +2,8 @@
 
 Same values and gradients as PEFT's layer without dropout, in fewer and larger steps: the scaled side path is
 added where the layer's own product stands, and nothing of the layer's width is kept for the backward pass
-but its input; and not even that where the input is a gate's product, which is made again. Beside a layer of
+but its input; and not even that where the input is a gate's product, which is made again. Where the layer
+multiplies by a bf16 copy, which rounds what comes in, a long pass keeps that rounded, too. Beside a layer of
 16 bits the side path is fp32's, as PEFT's is, but what comes in is kept as it came, once for all the layers
 that get it: PEFT keeps a copy in fp32 for each.
 """
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from templora.half import times
-from templora.kernels import FEWEST, as_base, is_fast, product, rows_through, used
+from templora.kernels import FEWEST, as_base, is_fast, rounded, rows_through, used
+from templora.products import product, times
+
+LONG = 256  # rows of a pass: with fewer there is little to save
 
 
 class LoraLinear(nn.Module):
@@ -78,13 +81,13 @@ class _LoraLinear(torch.autograd.Function):
         inner = rows @ a.T  # [rows, rank]
         y = rows_through(rows, weight, bias)
         y.addmm_(inner, b.T, alpha=scale)
-        ctx.save_for_backward(x, up, inner, weight, a, b)
+        ctx.save_for_backward(*_kept(x, up, weight), inner, weight, a, b)
         ctx.scale = scale
         return _shaped(y, x)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, up, inner, weight, a, b = ctx.saved_tensors
+        x, up, inner, weight, a, b = _as_it_came(*ctx.saved_tensors)
         (slope,) = upstream
         rows_slope = slope.reshape(-1, slope.shape[-1])
         inner_slope = rows_slope @ b
@@ -109,13 +112,13 @@ class _FastLoraLinear(torch.autograd.Function):
         y = product(inner, b, product(rows, weight))
         if bias is not None:
             y += bias
-        ctx.save_for_backward(x, up, inner, weight, a, b)
+        ctx.save_for_backward(*_kept(x, up, weight), inner, weight, a, b)
         ctx.scale = scale
         return _shaped(y, x)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, up, inner, weight, a, b = ctx.saved_tensors
+        x, up, inner, weight, a, b = _as_it_came(*ctx.saved_tensors)
         slope = upstream[0].reshape(-1, upstream[0].shape[-1])
         inner_slope = product(slope, b.T).mul_(ctx.scale)
         a_slope = product(inner_slope.T, _rows(x, up).T)
@@ -194,6 +197,18 @@ def _mixed(
 def _shaped(y: Tensor, x: Tensor) -> Tensor:
     """[rows, out] as […, out], like x. No view: some models add to what a layer gives them, in place."""
     return y.resize_(*x.shape[:-1], y.shape[-1])
+
+
+def _kept(x: Tensor, up: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What is kept of x and up for the backward pass of a layer that multiplies by that weight."""
+    if weight.dtype == x.dtype or x.numel() < LONG * x.shape[-1]:
+        return x, up
+    return (rounded(x), None) if up is None else (x.to(weight.dtype), up.to(weight.dtype))
+
+
+def _as_it_came(x: Tensor, up: Tensor | None, inner: Tensor, *layer: Tensor) -> tuple[Any, ...]:
+    """What was kept, with x and up in fp32 again."""
+    return x.to(inner.dtype), up if up is None else up.to(inner.dtype), inner, *layer
 
 
 def _rows(x: Tensor, up: Tensor | None) -> Tensor:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from templora.adapter import Adapter
 from templora.errors import UnsupportedModel
-from templora.half import times
 from templora.injection import standing_in
-from templora.kernels import FEWEST, is_fast, product, rows_through, used
+from templora.kernels import FEWEST, is_fast, rows_through, used
 from templora.probe import is_watched
+from templora.products import product, times
 
 
 @dataclass(slots=True)
