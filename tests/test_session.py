@@ -1,6 +1,7 @@
 """One text in time: the same seed, the same text, however its loop is left, cut or interleaved."""
 
 import gc
+import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,14 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import templora
 from templora.base import Base
-from templora.errors import InvalidRecipe, InvalidText, OutOfMemory, SessionClosed, TemploraError
+from templora.errors import (
+    InvalidRecipe,
+    InvalidText,
+    OutOfMemory,
+    SessionClosed,
+    SessionInUse,
+    TemploraError,
+)
 from templora.events import (
     ChunkLearned,
     ChunkScored,
@@ -716,3 +724,47 @@ def test_a_draw_that_is_impossible_is_none() -> None:
     with pytest.raises(RuntimeError):
         list(session.write(5, temperature=1.0, processors=LogitsProcessorList([broken])))
     assert session.sampler.draws == before
+
+
+class Held(LogitsProcessor):
+    """Waits within a token's drawing until it is let go."""
+
+    def __init__(self) -> None:
+        self.reached, self.let_go = threading.Event(), threading.Event()
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self.reached.set()
+        assert self.let_go.wait(60)
+        return scores
+
+
+@pytest.mark.parametrize("kind", ["plain", "parallel", "disk"])
+def test_a_session_refuses_a_second_thread(kind: str, tmp_path: Path) -> None:
+    """Whatever it asks for, and the first goes on as if nobody had."""
+
+    def texts(place: dict[str, Any], disturb: bool) -> tuple[str, str]:
+        held, changes = Held(), place | ({"parallel": True} if kind == "parallel" else {})
+        made = session(**changes)
+        uses: list[Any] = [
+            lambda: made.read("Not now."),
+            lambda: next(made.write(3)),
+            lambda: made.logprobs("Nor this."),
+            made.state,
+            *([made.undo, lambda: made.note("here")] if kind == "disk" else []),
+        ]
+        with ThreadPoolExecutor(1) as other:
+            writing = other.submit(lambda: [*made.write(40, processors=LogitsProcessorList([held]))])
+            assert held.reached.wait(60)
+            for use in uses if disturb else ():
+                with pytest.raises(SessionInUse, match="give each a session of its own"):
+                    use()
+            held.let_go.set()
+            writing.result(60)
+        text = made.text
+        made.read("And in turn any thread may.")
+        after = "".join(e.text for e in made.write(20) if isinstance(e, Token))
+        made.discard()
+        return text, after
+
+    places = [{"dir": tmp_path / name} if kind == "disk" else {} for name in "ab"]
+    assert texts(places[0], True) == texts(places[1], False)

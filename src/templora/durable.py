@@ -38,9 +38,8 @@ class DurableSession(Session):
         self._moving = True  # to the moment that the history says, and not there yet
         super().__init__(base, header.recipe_of(store.header), seed=store.header["seed"])
         self.save_every: int | None = None
-        self._pace = Pace()
+        self._pace, self._fresh = Pace(), True
         self._saved = (0, 0)  # chunks and tokens of the newest version
-        self._fresh = True
         self._to_announce = [*announced, *(Warned("mended", warning) for warning in store.warnings)]
         self._restore()
 
@@ -227,13 +226,14 @@ class DurableSession(Session):
     def _move(self, there: Callable[[], None]) -> None:
         """Go to another moment. Interrupted, it is done again by whatever needs the session next."""
         self._check_open()
-        self._moving = True
-        try:
-            there()
-        except TemploraError:  # refused; what had been moved by then is followed
-            self._moving = self.store.history.ids is not self.ids
-            raise
-        self._restore()
+        with self.alone:
+            self._moving = True
+            try:
+                there()
+            except TemploraError:  # refused; what had been moved by then is followed
+                self._moving = self.store.history.ids is not self.ids
+                raise
+            self._restore()
 
     def _restore(self) -> None:
         """Make everything what it was at this point of the history."""

@@ -64,6 +64,10 @@ class SessionClosed(TemploraError):
     """The session was discarded or closed: its adapter is gone."""
 
 
+class SessionInUse(TemploraError):
+    """Another thread is at work in the session."""
+
+
 class NotASession(TemploraError):
     """A folder that holds no session, or that holds one where none may be."""
 

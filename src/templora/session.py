@@ -27,6 +27,7 @@ from templora.recipe import Recipe, fitted, refitted
 from templora.recipe import load as load_recipe
 from templora.sampling import Sampler, Sampling
 from templora.study import Study
+from templora.turns import OneThread
 from templora.window import Span
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Session:
         self._start_afresh()
         self.ids: list[int] = []
         self._text, self._given = io.StringIO(), 0  # characters up to the last that were given
-        self._closed = False
+        self._closed, self.alone = False, OneThread()
         self._moves = 0  # how often the text has become another one
         news = f"this base has {base.positions} positions: {(sizes := refitted(wished, self.recipe))}"
         self._to_announce: list[Event] = [Warned("fitted", news)] if sizes else []
@@ -281,7 +282,7 @@ class Session:
     def _next_token(self, pen: Pen) -> int:
         self._check_open()
         span = self.plan.span(self.chunk)
-        with fits_in_memory(self.plan):
+        with self.alone, fits_in_memory(self.plan):
             logits = self.decoder.logits(self.ids, span)
             with self.decoder.taking_back():  # after a processor's own error, or an interrupt
                 return self.sampler.draw(logits, pen.shown(span.visible), pen.processors, greedy=pen.greedy)
@@ -292,7 +293,7 @@ class Session:
         while len(self.ids) >= (span := self.plan.span(self.chunk)).stop:
             written, seconds = self._own_tokens(span), time.perf_counter() - clock
             base = self._scores_base(span, score_base)
-            with fits_in_memory(self.plan):
+            with self.alone, fits_in_memory(self.plan):
                 events = self.study.finish(self.ids, span, written, score_base=base)
             self.chunk, self._written = self.chunk + 1, 0
             events += self._finished(span, base, events)
@@ -313,4 +314,5 @@ class Session:
     def _check_open(self) -> None:
         if self._closed:
             raise SessionClosed("this session was discarded; make a new one with base.session()")
-        refuse_modes(self.base.device)
+        with self.alone:
+            refuse_modes(self.base.device)

@@ -2,6 +2,7 @@
 
 Two sessions of one base may so be used in two threads. They do not run at the same time; for that there is
 `parallel`, which works on modules of its own. torch's random state is one for all models, and so is its turn.
+A session is one thread's at a time, and another is told so: turns on it would mix two texts.
 """
 
 from collections.abc import Generator
@@ -11,6 +12,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+
+from templora.errors import SessionInUse
 
 _random = RLock()
 _locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()  # pyright: ignore[reportInvalidTypeForm]
@@ -26,3 +29,17 @@ def random_state(device: torch.device) -> Generator[None]:
     """torch's global random state is this thread's, to set and draw from; afterwards it is what it was."""
     with _random, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
+
+
+class OneThread:
+    """A session's steps, each in a `with`: they may be within each other, but not in two threads at once."""
+
+    def __init__(self) -> None:
+        self._lock = RLock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise SessionInUse("another thread is at work in this session; give each a session of its own")
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()

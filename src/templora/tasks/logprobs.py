@@ -57,7 +57,8 @@ def logprobs(
         if not tokens:
             raise InvalidText("a continuation is empty; give at least one token")
         span, stop = session.plan.span(session.chunk), len(before) + len(tokens)
-        with fits_in_memory(session.plan), session.passes.looking(before, span, stop, bare=base):
+        looking = session.passes.looking(before, span, stop, bare=base)
+        with session.alone, fits_in_memory(session.plan), looking:
             found.append(_after(session, before, tokens, bare=base))
     return found
 

@@ -127,7 +127,7 @@ class Translator:
         draft: str | None = None
         wrong: str | None = None
         if passage.reference is None or self.drafts:
-            with fits_in_memory(self.session.plan):
+            with self.session.alone, fits_in_memory(self.session.plan):
                 draft, wrong = self._draft(number, prompt, passage.source)
         target, origin = self._settled(passage, draft)
         if origin == "own" and wrong:
@@ -160,7 +160,7 @@ class Translator:
         # that is learned again without its draft would not give the same adapter.
         study.passes.forget()
         if record.target.strip():
-            with fits_in_memory(self.session.plan):
+            with self.session.alone, fits_in_memory(self.session.plan):
                 if record.learned:
                     own = len(labels) if record.origin == "own" else 0
                     events = study.finish(ids, span, own, score_base=record.base)
