@@ -133,11 +133,9 @@ def main() -> None:
         "parallel, 1 + 1": lambda r: speed(r, "parallel"),
         "parallel is faster": lambda r: r["faster"]["turn"].text(" ×"),
         "than 2 threads": lambda r: r["faster"]["turn2"].text(" ×"),
-        "time against writing alone: in turn": lambda r: r["overhead"]["turn"]["alone"].text(" ×"),
-        "parallel": lambda r: r["overhead"]["parallel"]["alone"].text(" ×"),
-        "parallel, against writing alone on 2 threads": lambda r: r["overhead"]["parallel"]["alone2"].text(
-            " ×"
-        ),
+        "time against nothing to learn: in turn": lambda r: overhead(r, "turn", "alone"),
+        "parallel": lambda r: overhead(r, "parallel", "alone"),
+        "against that on 2 threads: parallel": lambda r: overhead(r, "parallel", "alone2"),
         "newest adapter: perplexity against the base": lambda r: against_base(r, "newest"),
         "a chunk ago": lambda r: against_base(r, "a chunk ago"),
     }

@@ -14,7 +14,8 @@ from templora.events import ChunkScored
 from templora.gated_mlp import LAYERS
 from templora.half import Halves, wanted
 from templora.kernels import Fast, used
-from templora.lora_linear import LONG, LoraLinear
+from templora.lean_attention import FEWEST as LONG
+from templora.lora_linear import LoraLinear
 from templora.parallel import twin_of
 from templora.products import times
 from templora.testing import ByteTokenizer, tiny_llama

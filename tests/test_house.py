@@ -11,7 +11,8 @@ FLOORS = {
     1: "base loading probe cross_entropy cache injection lora_linear gated_mlp merging lean_attention "
     "adapter magnitude layer_rates start passes template filtering compiled compiled_step dry "
     "savepoint learner guard study decoder rotary detokenizer sampling memory sizes kernels step pen stacked "
-    "rows products causal_attention graph_step cuda_graph cache_layers row_passes turns identity half",
+    "rows products repeated causal_attention graph_step cuda_graph cache_layers row_passes turns "
+    "identity half",
     2: "session batch parallel crew durable replay snapshot store shelf header history journal versions lock "
     "migrations",
     3: "tasks formats hook",

@@ -1,5 +1,6 @@
 """The fast products and attention against torch's own: values, gradients, and what they must leave alone."""
 
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -246,3 +247,24 @@ def test_a_layer_that_gets_no_token_gives_none(wide: bool, monkeypatch: pytest.M
         for y in (layer(x), side(x)):
             assert y.shape == (0, out)
             y.sum().backward()
+
+
+def test_what_was_rounded_last_is_not_rounded_again() -> None:
+    x = rows(4, 6)
+    with Fast() as mode:
+        once = kernels.rounded(x, torch.bfloat16)
+        assert kernels.rounded(x, torch.bfloat16) is once
+        assert torch.equal(once, x.bfloat16())
+        for change in (lambda: x.add_(1), lambda: x[0].mul_(2), lambda: x.t_()):
+            change()
+            again = kernels.rounded(x, torch.bfloat16)
+            assert again is not once
+            assert torch.equal(again, x.bfloat16())
+            once = again
+        # A part of it begins at the same place.
+        assert kernels.rounded(x[:2], torch.bfloat16).shape == (2, 4)
+        assert kernels.rounded(x, torch.float16).dtype == torch.float16
+    alive = weakref.ref(mode)
+    del mode
+    assert alive() is None, "a mode, and what it keeps, goes with its pass"
+    assert torch.equal(kernels.rounded(x, torch.bfloat16), x.bfloat16())

@@ -6,13 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations.sdpa_attention import repeat_kv
 
 import templora
 from templora import lean_attention
+from templora.kernels import Fast
 from templora.lean_attention import LeanAttention
+from templora.repeated import Repeated
 from templora.testing import ByteTokenizer, tiny_llama
 
 CHUNK = 300
+# Numbers of keys and values that 3 layers repeat, where two heads of width 8 share them; and of one token's,
+# for which a cache, whose own are kept in their place, has room as well.
+REPEATED, ROOM = 3 * 2 * 2 * 8 * (2 * CHUNK - 1), 3 * 2 * 2 * 8
 
 
 def learned(**changes: Any) -> tuple[Tensor, Tensor, int, int]:
@@ -58,27 +64,58 @@ def test_the_same_values_and_less_kept(own: int, monkeypatch: pytest.MonkeyPatch
         assert torch.equal(gradient, plain_gradient)
     assert gradient.abs().sum() > 0
     assert (masks, plain_masks) == (1, 3)
-    mask, width = CHUNK * (2 * CHUNK - 1), 32
-    repeated = 3 * 2 * (2 * CHUNK - 1) * width // 2 if own < 4 else 0  # of 3 layers half of keys and values
-    assert plain_kept - kept >= 2 * mask + repeated
+    repeated = REPEATED - ROOM if own < 4 else 0
+    assert plain_kept - kept >= 2 * CHUNK * (2 * CHUNK - 1) + repeated
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
 def test_the_attention_of_the_package_keeps_no_repeated_keys_either(monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"num_attention_heads": 4, "num_key_value_heads": 2}
     monkeypatch.setattr("templora.kernels.pays", lambda: True)
     nll, gradient, _, kept = learned(**changes)
-    monkeypatch.setattr("templora.lean_attention.shared_by", lambda _: 1)
+    monkeypatch.setattr("templora.repeated.Repeats.watched", lambda *_: None)
     plain_nll, plain_gradient, _, plain_kept = learned(**changes)
     assert torch.allclose(nll, plain_nll, atol=1e-5)
     assert torch.allclose(gradient, plain_gradient, rtol=1e-3, atol=1e-6)
-    assert plain_kept - kept >= 3 * 2 * (2 * CHUNK - 1) * 32 // 2  # of 3 layers half of keys and values
+    assert plain_kept - kept >= REPEATED - ROOM
 
 
-def test_only_what_was_repeated_is_taken_together() -> None:
-    query, key, value = (torch.randn(1, 4, tokens, 8) for tokens in (5, 9, 9))
-    expected = scaled_dot_product_attention(query, key, value)
-    with LeanAttention(shared_by=2):
-        assert torch.equal(scaled_dot_product_attention(query, key, value), expected)
-        key, value = (state[:, ::2].repeat_interleave(2, 1) for state in (key, value))
-        shared = scaled_dot_product_attention(query, key, value)
-    assert torch.allclose(shared, scaled_dot_product_attention(query, key, value), atol=1e-6)
+@pytest.mark.parametrize("mode", [LeanAttention, Fast])
+def test_repeats_are_what_they_are_to_whoever_asks(mode: Any) -> None:
+    state = torch.randn(2, 3, 5, 8, requires_grad=True)
+    expected = repeat_kv(state, 4)
+    with mode():
+        found = repeat_kv(state, 4)
+        assert isinstance(found, Repeated)
+        assert (found.shape, found.ndim, found.dtype) == (expected.shape, 4, expected.dtype)
+        assert (found.size(1), found.requires_grad, found.is_contiguous()) == (12, True, True)
+        doubled = found * 2
+        (slope,) = torch.autograd.grad(found.sin().sum(), state)
+        others = state.detach().unsqueeze(2).expand(2, 3, 4, 5, 8).reshape(6, 4, 5, 8)
+    assert torch.equal(doubled, expected * 2)
+    assert torch.equal(slope, torch.autograd.grad(expected.sin().sum(), state)[0])
+    assert not isinstance(doubled, Repeated)
+    assert torch.equal(others.flatten(0, 1), expected.flatten(0, 1))
+
+
+@pytest.mark.parametrize("mode", [LeanAttention, Fast])
+def test_attention_takes_what_is_repeated(mode: Any) -> None:
+    query = torch.randn(1, 4, 20, 8)
+    states = [torch.randn(1, 2, 20, 8, requires_grad=True) for _ in range(2)]
+
+    def attended(*states: Tensor, **how: Any) -> list[Tensor]:
+        y = scaled_dot_product_attention(query, *states, **how)
+        return [y.detach(), *torch.autograd.grad(y.sin().sum(), own)]
+
+    own = states
+    for how in (
+        {"is_causal": True},
+        {},
+        {"attn_mask": torch.ones(20, 20, dtype=torch.bool).tril()[None, None]},
+    ):
+        expected = attended(*(repeat_kv(state, 2) for state in states), **how)
+        with mode():
+            found = attended(*(repeat_kv(state, 2) for state in states), **how)
+            mixed = attended(repeat_kv(states[0], 2), repeat_kv(states[1], 2).clone(), **how)
+        for one in (found, mixed):
+            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, expected, strict=True))

@@ -49,8 +49,7 @@ class Base:
             model.eval().requires_grad_(False)
             self._probe: Probe = probe(model)
             self.halves = Halves(model)
-            few, shared = kernels.pays_for_few(model), lean_attention.shared_by(model)
-            self._how: Any = {"few": few, "shared_by": shared}
+            self._few = kernels.pays_for_few(model)
             self._step = graph_step.step_of(model) or compiled_step.step_of(model)
             self._watched = Watch(model.modules())
         text = model.config.get_text_config()
@@ -188,7 +187,7 @@ class Base:
     def fast(self, rows: int, *, half: bool = False) -> AbstractContextManager[object]:
         """Faster kernels for a pass over that many tokens. half: with its fp32 weights as bf16 copies."""
         halves = self.halves if half else None
-        return kernels.fast(rows, self.device, self.model.dtype, halves=halves, **self._how)
+        return kernels.fast(rows, self.device, self.model.dtype, halves=halves, few=self._few)
 
     def last_logits(self, ids: Sequence[int], position: int, cache: Cache, *, half: bool = False) -> Tensor:
         """Run `ids` from that position on top of `cache`, which grows. half: as for `fast`.

@@ -1,7 +1,8 @@
 """The MLP of most families, down(silu(gate(x)) · up(x)), with half of what it keeps for the backward pass.
 
 Of its four matrices as wide as the MLP, silu's result and the product are made again on the way back: they
-cost nothing beside the layers' products. Same values and gradients, to the bit.
+cost nothing beside the layers' products. Same values and gradients, to the bit but where `lora_linear` keeps
+gate and up rounded.
 """
 
 from collections.abc import Iterator, Sequence

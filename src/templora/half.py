@@ -1,7 +1,8 @@
 """A base's fp32 weights once more in bf16, whose products some CPUs compute several times as fast.
 
 As under torch's autocast, what goes into such a product and what comes out of it is rounded, and all else
-stays fp32: sums, norms, attention, the adapter, its gradients, the logits. But autocast rounds every weight
+is computed in fp32: sums, norms, attention, the adapter, its gradients, the logits; a long pass keeps what
+went in as rounded as that for its way back. But autocast rounds every weight
 anew in every pass, which at 64 tokens takes the time that the products save; here each has a copy.
 """
 

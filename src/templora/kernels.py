@@ -8,7 +8,6 @@ A base of bf16 has one of its own, on Intel: see `half.as_vector`.
 """
 
 import threading
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -20,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from templora.causal_attention import CausalAttention, firsts_of
 from templora.half import Halves, as_vector, intel
-from templora.lean_attention import unrepeated
 from templora.products import product, times
+from templora.repeated import Repeats, shared
 
 FEWEST = 16  # rows
 LARGE = 1 << 20  # numbers of a layer's weight, in the mean, for which fewer rows pay as well
@@ -54,19 +53,17 @@ def fast(
     *,
     halves: Halves | None = None,
     few: bool = False,
-    shared_by: int = 1,
 ) -> AbstractContextManager[object]:
     """For one pass over that many tokens; does nothing where it would not pay.
 
     dtype: of the base. halves: products with these weights are bf16's; over few tokens only where these are a
-    large base's. few: whether fp32's pay there as well. shared_by: heads that share keys and values.
+    large base's. few: whether fp32's pay there as well.
     """
     many = rows >= FEWEST
     copies = halves if halves and (many or halves.large) else None
     wide = pays() and (many or few)
     one = rows == 1 and dtype == torch.bfloat16 and as_vector()
-    pays_here = device.type == "cpu" and (wide or copies or one)
-    return Fast(copies, wide=wide, shared_by=shared_by) if pays_here else nullcontext()
+    return Fast(copies, wide=wide) if device.type == "cpu" and (wide or copies or one) else nullcontext()
 
 
 def is_fast() -> bool:
@@ -82,16 +79,19 @@ def used(weight: Tensor) -> Tensor:
     return weight
 
 
-def rounded(x: Tensor) -> Tensor:
-    """x in bf16, made once for all the layers in a row of the pass that runs now which are given it."""
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in that dtype, made once for all the layers in a row that are given it in the pass that runs now."""
     entered = _entered()
-    return entered[-1].rounded(x) if entered else x.bfloat16()
+    return entered[-1].rounded(x, dtype) if entered else x.to(dtype)
 
 
-def rows_through(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """rows weightᵀ + bias in fp32, [rows, out]; weight: [out, in], or what is `used` in its place."""
+def rows_through(rows: Tensor, weight: Tensor, bias: Tensor | None, rounded: Tensor | None = None) -> Tensor:
+    """rows weightᵀ + bias in fp32, [rows, out].
+
+    weight: [out, in], or what is `used` in its place. rounded: as for `times`.
+    """
     if not rows.dtype == weight.dtype == torch.float32 or not is_fast():
-        return times(rows, weight, bias)
+        return times(rows, weight, bias, rounded)
     y = product(rows, weight)
     return y if bias is None else y.add_(bias)
 
@@ -105,19 +105,17 @@ def as_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class Fast(TorchFunctionMode):
     """While it is entered, linear layers, and causal attention in fp32, take the ways below.
 
-    halves, shared_by: as for `fast`. wide: fp32's own products are oneDNN's, and attention is the one below.
+    halves: as for `fast`. wide: fp32's own products are oneDNN's, and attention is the one below.
     """
 
-    def __init__(self, halves: Halves | None = None, *, wide: bool = True, shared_by: int = 1) -> None:
+    def __init__(self, halves: Halves | None = None, *, wide: bool = True) -> None:
         super().__init__()
-        self.halves, self.wide, self._shared_by = halves, wide, shared_by
+        self.halves, self.wide = halves, wide
         # The mask that was looked at last, and from which key on each text sees all up to its own place.
         self._seen: tuple[Tensor, tuple[int, ...] | None] | None = None
         # What was rounded last: kept, so that nothing else comes to lie where it lies.
         self._rounded: tuple[Tensor, int, Tensor] | None = None
-        self._ways: dict[Any, Callable[..., Tensor | None]] = {functional.linear: _linear}
-        if wide:
-            self._ways[functional.scaled_dot_product_attention] = self._attention
+        self._repeats = Repeats()
 
     def __enter__(self) -> "Fast":
         _entered().append(self)
@@ -125,15 +123,16 @@ class Fast(TorchFunctionMode):
 
     def __exit__(self, *error: Any) -> None:
         _entered().pop()
+        self._seen = self._rounded = None
         super().__exit__(*error)
 
-    def rounded(self, x: Tensor) -> Tensor:
+    def rounded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """See the function of that name."""
         if self._rounded is not None:
             last, version, copy = self._rounded
-            if last.is_set_to(x) and version == x._version:
+            if last.is_set_to(x) and version == x._version and copy.dtype == dtype:
                 return copy
-        copy = x.detach().bfloat16()
+        copy = x.detach().to(dtype)
         self._rounded = x.detach(), x._version, copy
         return copy
 
@@ -150,13 +149,14 @@ class Fast(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor | None:
         """None where it is not plain causal attention in fp32."""
+        key, value, is_shared = shared(key, value)
         texts, queries, keys = query.shape[0], query.shape[-2], key.shape[-2]
         plain = (
             query.ndim == key.ndim == 4
             and key.shape == value.shape
             and texts == key.shape[0]
             and query.shape[1] % key.shape[1] == 0
-            and (enable_gqa or query.shape[1] == key.shape[1])
+            and (enable_gqa or is_shared or query.shape[1] == key.shape[1])
             and {query.dtype, key.dtype, value.dtype} == {torch.float32}
             and dropout_p == 0
             and queries >= FEWEST
@@ -169,8 +169,6 @@ class Fast(TorchFunctionMode):
         if firsts is None:
             return None
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        if query.shape[1] == key.shape[1]:
-            key, value, _ = unrepeated(key, value, self._shared_by)
         return CausalAttention.apply(query, key, value, scale, firsts)  # pyright: ignore[reportReturnType]
 
     def _firsts(self, mask: Tensor | None, texts: int, queries: int, keys: int) -> tuple[int, ...] | None:
@@ -183,9 +181,13 @@ class Fast(TorchFunctionMode):
         return firsts * texts if firsts is not None and len(firsts) == 1 else firsts
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        way = self._ways.get(func)
-        result = way(*args, **kwargs) if way else None
+        kwargs, result = kwargs or {}, None
+        if func is functional.linear:
+            result = _linear(*args, **kwargs)
+        elif self.wide and func is functional.scaled_dot_product_attention:
+            result = self._attention(*args, **kwargs)
+        elif self.wide:
+            result = self._repeats.watched(func, args, kwargs)
         return func(*args, **kwargs) if result is None else result
 
 

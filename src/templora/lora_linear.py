@@ -3,7 +3,7 @@
 Same values and gradients as PEFT's layer without dropout, in fewer and larger steps: the scaled side path is
 added where the layer's own product stands, and nothing of the layer's width is kept for the backward pass
 but its input; and not even that where the input is a gate's product, which is made again. Where the layer
-multiplies by a bf16 copy, which rounds what comes in, a long pass keeps that rounded, too. Beside a layer of
+multiplies by a bf16 copy, a long pass keeps what comes in as rounded as that. Beside a layer of
 16 bits the side path is fp32's, as PEFT's is, but what comes in is kept as it came, once for all the layers
 that get it: PEFT keeps a copy in fp32 for each.
 """
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from templora.kernels import FEWEST, as_base, is_fast, rounded, rows_through, used
+from templora.lean_attention import FEWEST as LONG
 from templora.products import product, times
 
-LONG = 256  # rows of a pass: with fewer there is little to save
+Kept = tuple[Tensor, Tensor | None]
 
 
 class LoraLinear(nn.Module):
@@ -53,7 +54,10 @@ class LoraLinear(nn.Module):
             many = x.numel() >= FEWEST * x.shape[-1]
             way = _FastLoraLinear if plain and many and is_fast() else _LoraLinear
             weight = used(self.weight) if plain else self.weight
-            return way.apply(x, up, weight, self.bias, self.a, self.b, self.scale)  # pyright: ignore[reportReturnType]
+            copied = weight.dtype != x.dtype and x.numel() >= LONG * x.shape[-1] and torch.is_grad_enabled()
+            kept = _rounded(x, up, weight.dtype) if copied else (x, up)
+            layer = weight, self.bias, self.a, self.b, self.scale
+            return way.apply(x, up, kept, *layer)  # pyright: ignore[reportReturnType]
 
 
 class LoraBeside(nn.Module):
@@ -72,16 +76,17 @@ class LoraBeside(nn.Module):
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x is what comes in, or with `up` the gate before its silu; layer: weight, bias, a, b and scale."""
+    """x is what comes in, or with `up` the gate before its silu; kept: both as the backward pass is to have
+    them; layer: weight, bias, a, b and scale."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, up: Tensor | None, *layer: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, up: Tensor | None, kept: Kept, *layer: Any) -> Tensor:
         weight, bias, a, b, scale = layer
         rows = _rows(x, up)
         inner = rows @ a.T  # [rows, rank]
-        y = rows_through(rows, weight, bias)
+        y = rows_through(rows, weight, bias, _at_hand(kept, weight))
         y.addmm_(inner, b.T, alpha=scale)
-        ctx.save_for_backward(*_kept(x, up, weight), inner, weight, a, b)
+        ctx.save_for_backward(*kept, inner, weight, a, b)
         ctx.scale = scale
         return _shaped(y, x)
 
@@ -98,21 +103,21 @@ class _LoraLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             x_slope = times(rows_slope, weight.T).addmm_(inner_slope, a, alpha=ctx.scale)
             x_slope, up_slope = _through_gate(x_slope.view(x.shape), x, up)
-        return x_slope, up_slope, None, None, a_slope, b_slope, None
+        return x_slope, up_slope, None, None, None, a_slope, b_slope, None
 
 
 class _FastLoraLinear(torch.autograd.Function):
     """The same with the products of `kernels`, for many rows in fp32."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, up: Tensor | None, *layer: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, up: Tensor | None, kept: Kept, *layer: Any) -> Tensor:
         weight, bias, a, b, scale = layer
         rows = _rows(x, up)
         inner = product(rows, a).mul_(scale)  # [rows, rank]
-        y = product(inner, b, product(rows, weight))
+        y = product(inner, b, product(rows, weight, rounded=_at_hand(kept, weight)))
         if bias is not None:
             y += bias
-        ctx.save_for_backward(*_kept(x, up, weight), inner, weight, a, b)
+        ctx.save_for_backward(*kept, inner, weight, a, b)
         ctx.scale = scale
         return _shaped(y, x)
 
@@ -127,7 +132,7 @@ class _FastLoraLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             x_slope = product(inner_slope, a.T, product(slope, weight.T))
             x_slope, up_slope = _through_gate(x_slope.view(x.shape), x, up)
-        return x_slope, up_slope, None, None, a_slope, b_slope, None
+        return x_slope, up_slope, None, None, None, a_slope, b_slope, None
 
 
 class _MixedLoraLinear(torch.autograd.Function):
@@ -199,11 +204,14 @@ def _shaped(y: Tensor, x: Tensor) -> Tensor:
     return y.resize_(*x.shape[:-1], y.shape[-1])
 
 
-def _kept(x: Tensor, up: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What is kept of x and up for the backward pass of a layer that multiplies by that weight."""
-    if weight.dtype == x.dtype or x.numel() < LONG * x.shape[-1]:
-        return x, up
-    return (rounded(x), None) if up is None else (x.to(weight.dtype), up.to(weight.dtype))
+def _rounded(x: Tensor, up: Tensor | None, dtype: torch.dtype) -> Kept:
+    return (rounded(x, dtype), None) if up is None else (x.to(dtype), up.to(dtype))
+
+
+def _at_hand(kept: Kept, weight: Tensor) -> Tensor | None:
+    """What comes in as it is multiplied by that weight, [rows, in], if that is what is kept."""
+    x, up = kept
+    return x.reshape(-1, x.shape[-1]) if up is None and x.dtype == weight.dtype else None
 
 
 def _as_it_came(x: Tensor, up: Tensor | None, inner: Tensor, *layer: Tensor) -> tuple[Any, ...]:
