@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import shapes
 from benchmarks.measure import CASE, GREEDY, Column, Spread, in_child, parser, ratio, save_table
+from benchmarks.willing import willing
 from templora.adapter import Adapter
 from templora.metrics import perplexity
 from templora.passes import Passes
@@ -34,9 +35,7 @@ def writing(shape: str, given: int, tokens: int, sizes: dict[str, int], side: st
     """Seconds, with what is learned of the last chunk; and the tokens."""
     threads, own = SIDES[side]
     torch.set_num_threads(threads)
-    # Every chunk is learned, whatever it holds.
-    keys: dict[str, Any] = {"guard": False, **sizes, **own}
-    session = shapes.base(shape).session("default", seed=1, **keys)
+    session = willing(shapes.base(shape).session("default", seed=1, **sizes, **own))
     session.extend(shapes.ids(shape, 1 + given), "")
     for _ in session.learning():
         pass
