@@ -217,21 +217,24 @@ from templora.events import Warned
 from templora.testing import ByteTokenizer, tiny_llama
 torch.set_num_threads(2)
 base = templora.load(model=tiny_llama(), tokenizer=ByteTokenizer())
+interrupted = threading.Event()
 def slow(text):
     yield Warned("", "")
-    for _ in range(200):
+    interrupted.wait(60)
+    for _ in range(50):
         time.sleep(0.005)
         torch.zeros(9).sum()
-    print("ended")
+    print("ended\\n", end="")  # at once
     yield Warned("", "")
 events = Crew(base, size=2).run(enumerate([slow, slow]))
 next(events), next(events)
 main = threading.main_thread().ident
-threading.Timer(0.3, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
 try:
+    threading.Timer(0.3, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
     events.close()
 except KeyboardInterrupt:
     print("interrupted", torch.get_num_threads())
+    interrupted.set()
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr

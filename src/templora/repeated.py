@@ -1,7 +1,7 @@
 """Keys and values that several heads share, in the repeats that transformers makes for torch's attention.
 
 It makes them in every layer and pass, keeps them for the backward pass and adds their gradients up again,
-though attention needs none of it: a fifth of what a model of this kind takes to learn a short chunk. A
+though attention needs none of it: up to a sixth of what such a model takes to learn a short chunk. A
 function mode that watches for `repeat_kv`'s two steps gives a `Repeated` in their place, from which attention
 takes what it is of, and whoever else wants it gets the repeats.
 """
