@@ -119,3 +119,20 @@ def test_attention_takes_what_is_repeated(mode: Any) -> None:
             mixed = attended(repeat_kv(states[0], 2), repeat_kv(states[1], 2).clone(), **how)
         for one in (found, mixed):
             assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, expected, strict=True))
+
+
+def test_repeats_are_made_for_any_other_attention_than_torchs() -> None:
+    changes = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    for way, lazily in (("sdpa", True), ("eager", False)):
+        base = templora.load(model=tiny_llama(attn_implementation=way, **changes), tokenizer=ByteTokenizer())
+        with lean_attention.lean(CHUNK, base.model):
+            assert isinstance(repeat_kv(torch.randn(1, 2, 5, 8), 2), Repeated) is lazily
+
+
+def test_what_is_expanded_otherwise_is_not_taken_for_repeats() -> None:
+    with LeanAttention():
+        wider = torch.randn(1, 2, 1, 1, 8).expand(1, 2, 3, 5, 8).reshape(1, 6, 5, 8)
+        assert not isinstance(wider, Repeated)
+        query, key = torch.randn(1, 1, 5, 8), repeat_kv(torch.randn(1, 2, 5, 8), 2)
+        one_for_all = scaled_dot_product_attention(query, key, key)
+    assert torch.equal(one_for_all, scaled_dot_product_attention(query, key, key))

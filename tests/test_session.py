@@ -749,8 +749,10 @@ def test_a_session_refuses_a_second_thread(kind: str, tmp_path: Path) -> None:
             lambda: made.read("Not now."),
             lambda: next(made.write(3)),
             lambda: made.logprobs("Nor this."),
+            lambda: [*made.score_rest()],
             made.state,
-            *([made.undo, lambda: made.note("here")] if kind == "disk" else []),
+            made.discard,
+            *([made.close, made.undo, lambda: made.note("here")] if kind == "disk" else []),
         ]
         with ThreadPoolExecutor(1) as other:
             writing = other.submit(lambda: [*made.write(40, processors=LogitsProcessorList([held]))])

@@ -21,6 +21,7 @@ from templora.cross_entropy import judged, linear_nll, logits_nll
 from templora.errors import InvalidRecipe, InvalidText
 from templora.half import Halves
 from templora.probe import Probe, Watch, probe
+from templora.repeated import repeats
 from templora.rotary import Rotary, positions_of, rotary_of
 from templora.turns import turn
 
@@ -186,8 +187,8 @@ class Base:
 
     def fast(self, rows: int, *, half: bool = False) -> AbstractContextManager[object]:
         """Faster kernels for a pass over that many tokens. half: with its fp32 weights as bf16 copies."""
-        halves = self.halves if half else None
-        return kernels.fast(rows, self.device, self.model.dtype, halves=halves, few=self._few)
+        how: Any = {"halves": self.halves if half else None, "few": self._few, "repeats": repeats(self.model)}
+        return kernels.fast(rows, self.device, self.model.dtype, **how)
 
     def last_logits(self, ids: Sequence[int], position: int, cache: Cache, *, half: bool = False) -> Tensor:
         """Run `ids` from that position on top of `cache`, which grows. half: as for `fast`.

@@ -21,12 +21,14 @@ from templora.sampling import Sampler
 from templora.session import Session
 from templora.sizes import sizes, spliced
 from templora.store import BUDGET, Store
+from templora.turns import one_thread
 from templora.versions import Pace, Version
 from templora.window import Span
 
 LEAST = 256  # tokens between two versions, at least
 
 
+@one_thread("note", "reseed", "close", "discard", "_move", "_check_open")
 class DurableSession(Session):
     """A session in a folder. Make one with `Base.session(dir=…)`, continue it with `templora.resume`.
 
@@ -38,8 +40,7 @@ class DurableSession(Session):
         self._moving = True  # to the moment that the history says, and not there yet
         super().__init__(base, header.recipe_of(store.header), seed=store.header["seed"])
         self.save_every: int | None = None
-        self._pace, self._fresh = Pace(), True
-        self._saved = (0, 0)  # chunks and tokens of the newest version
+        self._pace, self._fresh, self._saved = Pace(), True, (0, 0)  # chunks and tokens of the newest version
         self._to_announce = [*announced, *(Warned("mended", warning) for warning in store.warnings)]
         self._restore()
 
@@ -226,14 +227,13 @@ class DurableSession(Session):
     def _move(self, there: Callable[[], None]) -> None:
         """Go to another moment. Interrupted, it is done again by whatever needs the session next."""
         self._check_open()
-        with self.alone:
-            self._moving = True
-            try:
-                there()
-            except TemploraError:  # refused; what had been moved by then is followed
-                self._moving = self.store.history.ids is not self.ids
-                raise
-            self._restore()
+        self._moving = True
+        try:
+            there()
+        except TemploraError:  # refused; what had been moved by then is followed
+            self._moving = self.store.history.ids is not self.ids
+            raise
+        self._restore()
 
     def _restore(self) -> None:
         """Make everything what it was at this point of the history."""

@@ -53,17 +53,19 @@ def fast(
     *,
     halves: Halves | None = None,
     few: bool = False,
+    repeats: bool = True,
 ) -> AbstractContextManager[object]:
     """For one pass over that many tokens; does nothing where it would not pay.
 
     dtype: of the base. halves: products with these weights are bf16's; over few tokens only where these are a
-    large base's. few: whether fp32's pay there as well.
+    large base's. few: whether fp32's pay there as well. repeats: as for `Fast`.
     """
     many = rows >= FEWEST
     copies = halves if halves and (many or halves.large) else None
     wide = pays() and (many or few)
     one = rows == 1 and dtype == torch.bfloat16 and as_vector()
-    return Fast(copies, wide=wide) if device.type == "cpu" and (wide or copies or one) else nullcontext()
+    pays_here = device.type == "cpu" and (wide or copies or one)
+    return Fast(copies, wide=wide, repeats=repeats) if pays_here else nullcontext()
 
 
 def is_fast() -> bool:
@@ -106,16 +108,17 @@ class Fast(TorchFunctionMode):
     """While it is entered, linear layers, and causal attention in fp32, take the ways below.
 
     halves: as for `fast`. wide: fp32's own products are oneDNN's, and attention is the one below.
+    repeats: whether `Repeated` may stand for what the model repeats.
     """
 
-    def __init__(self, halves: Halves | None = None, *, wide: bool = True) -> None:
+    def __init__(self, halves: Halves | None = None, *, wide: bool = True, repeats: bool = True) -> None:
         super().__init__()
         self.halves, self.wide = halves, wide
         # The mask that was looked at last, and from which key on each text sees all up to its own place.
         self._seen: tuple[Tensor, tuple[int, ...] | None] | None = None
         # What was rounded last: kept, so that nothing else comes to lie where it lies.
         self._rounded: tuple[Tensor, int, Tensor] | None = None
-        self._repeats = Repeats()
+        self._repeats = Repeats() if repeats else None
 
     def __enter__(self) -> "Fast":
         _entered().append(self)
@@ -123,8 +126,8 @@ class Fast(TorchFunctionMode):
 
     def __exit__(self, *error: Any) -> None:
         _entered().pop()
-        self._seen = self._rounded = None
         super().__exit__(*error)
+        self._seen = self._rounded = None
 
     def rounded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """See the function of that name."""
@@ -149,7 +152,7 @@ class Fast(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor | None:
         """None where it is not plain causal attention in fp32."""
-        key, value, is_shared = shared(key, value)
+        key, value, is_shared = shared(query, key, value)
         texts, queries, keys = query.shape[0], query.shape[-2], key.shape[-2]
         plain = (
             query.ndim == key.ndim == 4
@@ -186,7 +189,7 @@ class Fast(TorchFunctionMode):
             result = _linear(*args, **kwargs)
         elif self.wide and func is functional.scaled_dot_product_attention:
             result = self._attention(*args, **kwargs)
-        elif self.wide:
+        elif self.wide and self._repeats:
             result = self._repeats.watched(func, args, kwargs)
         return func(*args, **kwargs) if result is None else result
 

@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from templora.repeated import Repeats, shared
+from templora.repeated import Repeats, repeats, shared
 
 FEWEST = 256  # rows: below that there is little to save, and asking costs more
 
@@ -24,25 +24,25 @@ FEWEST = 256  # rows: below that there is little to save, and asking costs more
 def lean(rows: int, model: PreTrainedModel) -> AbstractContextManager[object]:
     """For one differentiated pass over that many tokens on the CPU; does nothing elsewhere."""
     pays = rows >= FEWEST and model.device.type == "cpu" and torch.is_grad_enabled()
-    return LeanAttention() if pays else nullcontext()
+    return LeanAttention(repeats=repeats(model)) if pays else nullcontext()
 
 
 class LeanAttention(TorchFunctionMode):
-    """While it is entered."""
+    """While it is entered. repeats: whether `Repeated` may stand for what the model repeats."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, repeats: bool = True) -> None:
         super().__init__()
-        self._repeats = Repeats()
+        self._repeats = Repeats() if repeats else None
         # By what they were made of, which stays alive with them; some models have two kinds of layers.
         self._made: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if (found := self._repeats.watched(func, args, kwargs)) is not None:
+        if self._repeats and (found := self._repeats.watched(func, args, kwargs)) is not None:
             return found
         if func is not scaled_dot_product_attention or len(args) != 3:
             return func(*args, **kwargs)
-        key, value, is_shared = shared(*args[1:])
+        key, value, is_shared = shared(*args)
         mask = kwargs.get("attn_mask")
         if mask is not None and mask.dtype == torch.bool:
             kwargs = kwargs | {"attn_mask": self._numbers(mask, key.dtype)}

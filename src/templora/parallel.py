@@ -27,6 +27,7 @@ from templora.memory import fits_in_memory
 from templora.recipe import Recipe
 from templora.session import Session
 from templora.study import Study
+from templora.turns import one_thread
 from templora.window import Plan, Span
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class _Job:
     future: Future[list[Event]] | None = None
 
 
+@one_thread("settle", "state", "load_state", "discard")
 class ParallelSession(Session):
     """A text of which one chunk is learned while the next one is written.
 
@@ -79,21 +81,20 @@ class ParallelSession(Session):
             OutOfMemory, or whatever else stopped it: that chunk counts as not learned and is tried again
             where it is next waited for.
         """
-        with self.alone:
-            if (job := self._job) is None:
-                return
-            if job.future is None:
-                self._begin(job)
-            assert job.future is not None
-            wait([job.future])  # if this is interrupted, the job goes on and is waited for again
-            if (error := job.future.exception()) is not None:
-                job.future = None
-                raise error
-            self._news += (events := job.future.result())
-            self._went_back = self._went_back or any(isinstance(event, RolledBack) for event in events)
-            self._job = None
-            if not job.written:
-                self._follow()
+        if (job := self._job) is None:
+            return
+        if job.future is None:
+            self._begin(job)
+        assert job.future is not None
+        wait([job.future])  # if this is interrupted, the job goes on and is waited for again
+        if (error := job.future.exception()) is not None:
+            job.future = None
+            raise error
+        self._news += (events := job.future.result())
+        self._went_back = self._went_back or any(isinstance(event, RolledBack) for event in events)
+        self._job = None
+        if not job.written:
+            self._follow()
 
     def learning(self, *, score_base: bool = False) -> Iterator[Event]:
         """Score and learn every chunk that is full."""

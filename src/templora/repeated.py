@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from torch import Tensor
 from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
 
 # What can be said of the repeats without making them.
 _KNOWN = {*(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device")), Tensor.size}
@@ -63,14 +64,27 @@ class Repeats:
         if last is None or x is not last[0]:
             return None
         texts, heads, by, *rest = x.shape
-        if shape != (texts, heads * by, *rest) or last[1].shape[:2] != (texts, heads):
+        if shape != (texts, heads * by, *rest) or last[1].shape != (texts, heads, 1, *rest):
             return None
         return Repeated(last[1].squeeze(2), by)
 
 
-def shared(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Keys and values without repeats, and whether there were any."""
-    if isinstance(key, Repeated) and isinstance(value, Repeated) and key.by == value.by:
+def repeats(model: PreTrainedModel) -> bool:
+    """Whether only torch's attention sees what the model repeats, which may then not be made.
+
+    A function of someone's own may want gradients past `__torch_function__`.
+    """
+    return getattr(model.config.get_text_config(), "_attn_implementation", None) == "sdpa"
+
+
+def shared(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Keys and values without repeats, and whether there were any, one for each head of the query."""
+    if (
+        isinstance(key, Repeated)
+        and isinstance(value, Repeated)
+        and key.by == value.by
+        and key.shape[1] == query.shape[1]
+    ):
         return key.state, value.state, True
     return _made(key), _made(value), False
 

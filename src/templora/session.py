@@ -27,7 +27,7 @@ from templora.recipe import Recipe, fitted, refitted
 from templora.recipe import load as load_recipe
 from templora.sampling import Sampler, Sampling
 from templora.study import Study
-from templora.turns import OneThread
+from templora.turns import OneThread, one_thread
 from templora.window import Span
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 BESIDE = ("learner", "passes", "decoder", "study")
 
 
+@one_thread("extend", "state", "load_state", "discard")
 class Session:
     """A text with its adapter, optimiser and random state on one base.
 
@@ -117,8 +118,8 @@ class Session:
         span = self.plan.span(self.chunk, len(self.ids))
         if span.tokens < 1:
             return
-        full = self.plan.span(self.chunk)
-        with fits_in_memory(self.plan), self.passes.looking(self.ids, full, span.stop, bare=score_base):
+        looking = self.passes.looking(self.ids, self.plan.span(self.chunk), span.stop, bare=score_base)
+        with self.alone, fits_in_memory(self.plan), looking:
             scored = self.study.score(self.ids, span, score_base=score_base)
         yield scored
 
@@ -176,12 +177,12 @@ class Session:
                 if not self.ids:
                     self._give(self.base.prefix_ids, "")
                 pen.follow(self.ids, self.text, self._own_from())
-            token = self._next_token(pen)
-            piece = pen.take(token)
-            if piece is None:
-                self._looked()
-                break
-            self._append(token, piece)
+            with self.alone:
+                token = self._next_token(pen)
+                if (piece := pen.take(token)) is None:
+                    self._looked()
+                    break
+                self._append(token, piece)
             seen = self._moves, len(self.ids)
             yield Token(len(self.ids) - 1, token, piece)
         for event in self._outstanding():
@@ -282,7 +283,7 @@ class Session:
     def _next_token(self, pen: Pen) -> int:
         self._check_open()
         span = self.plan.span(self.chunk)
-        with self.alone, fits_in_memory(self.plan):
+        with fits_in_memory(self.plan):
             logits = self.decoder.logits(self.ids, span)
             with self.decoder.taking_back():  # after a processor's own error, or an interrupt
                 return self.sampler.draw(logits, pen.shown(span.visible), pen.processors, greedy=pen.greedy)
@@ -291,12 +292,12 @@ class Session:
         clock = time.perf_counter() if clock is None else clock
         self._check_open()  # also where a session is discarded while its loop is open
         while len(self.ids) >= (span := self.plan.span(self.chunk)).stop:
-            written, seconds = self._own_tokens(span), time.perf_counter() - clock
-            base = self._scores_base(span, score_base)
             with self.alone, fits_in_memory(self.plan):
+                written, seconds = self._own_tokens(span), time.perf_counter() - clock
+                base = self._scores_base(span, score_base)
                 events = self.study.finish(self.ids, span, written, score_base=base)
-            self.chunk, self._written = self.chunk + 1, 0
-            events += self._finished(span, base, events)
+                self.chunk, self._written = self.chunk + 1, 0
+                events += self._finished(span, base, events)
             if written:
                 yield ChunkWritten(span.chunk, span.start, span.tokens, written, seconds)
             yield from events

@@ -5,9 +5,11 @@ Two sessions of one base may so be used in two threads. They do not run at the s
 A session is one thread's at a time, and another is told so: turns on it would mix two texts.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import wraps
 from threading import RLock
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,6 +17,7 @@ from torch import nn
 
 from templora.errors import SessionInUse
 
+Kind = TypeVar("Kind", bound=type)
 _random = RLock()
 _locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()  # pyright: ignore[reportInvalidTypeForm]
 
@@ -43,3 +46,22 @@ class OneThread:
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
+
+
+def one_thread(*names: str) -> Callable[[Kind], Kind]:
+    """A class decorator: each of these methods is such a step as a whole."""
+
+    def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with self.alone:
+                return method(self, *args, **kwargs)
+
+        return step
+
+    def guard(kind: Kind) -> Kind:
+        for name in names:
+            setattr(kind, name, guarded(vars(kind)[name]))
+        return kind
+
+    return guard
